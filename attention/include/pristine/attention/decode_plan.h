@@ -1,0 +1,85 @@
+// DecodePlan: how a decode step's KV is cut into work items (split-KV). Pure host arithmetic over host lengths; the
+// only input is memory that no captured kernel writes.
+#ifndef PRISTINE_ATTENTION_DECODE_PLAN_H_
+#define PRISTINE_ATTENTION_DECODE_PLAN_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "pristine/attention/types.h"
+#include "pristine/buffers/buffer_manager.h"
+
+namespace pristine::attention {
+
+// One plan kind: layers that agree in all of this share a plan.
+struct DecodePlanConfig {
+  std::string name = "plan";          // prefix of the buffers' names
+  std::vector<Extent> buckets;        // a private workspace for each
+  int32_t rows_per_request = 1;       // KV-head groups that count as requests of their own (sparse path)
+  int32_t q_heads = 0, kv_heads = 0;  // of one row; q_heads % kv_heads == 0
+  int32_t head_dim = 0;               // 64 or 128
+  DType dtype = DType::kFloat32;
+  int32_t page_size = 1;          // tokens
+  int32_t window = 0;             // last tokens attended, the current one included; 0: all
+  int32_t max_row_tokens = 0;     // R: a longer row is planned as R
+  int32_t worst_row_tokens = 0;   // what captures and warm-ups see for every row; 0: max_row_tokens
+  std::vector<int> derived_from;  // ids of the manager's buffers that go with the lengths planned from
+};
+
+// Item i of a row covers KV positions [begin, end) of that row, before clipping to the row's device length and window.
+struct WorkItem {
+  int32_t row, begin, end;
+};
+
+// The cut itself, without any device: deterministic in (config, bucket, multiprocessors, lengths).
+// Every row of `bucket` is covered exactly once over its planned range; rows beyond lengths.size() and empty rows get
+// no items. Never more than MaxItems(bucket) items. `items` has MaxItems(bucket) places, `item_indptr` rows + 1;
+// returns how many items were written. INVALID_ARGUMENT: a negative length, in the words "kv_indptr falls from 36606 at
+// 8 to 34891 at 9", where the values are the lengths' prefix sums: a decrease is the one thing that live values are
+// refused for.
+int32_t MaxItems(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors);
+absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors,
+                                  absl::Span<const int32_t> lengths, absl::Span<WorkItem> items,
+                                  absl::Span<int32_t> item_indptr);
+
+class DecodePlan {
+ public:
+  // Registers one workspace per bucket (kRefilled, only for that bucket's graphs; its original is the worst-case plan)
+  // and the partial results that the wrappers of this plan share (kScratch). `manager` must outlive this.
+  // INVALID_ARGUMENT: sizes that do not fit together. UNIMPLEMENTED: head_dim or dtype without a kernel; lists what
+  // exists.
+  static absl::StatusOr<std::unique_ptr<DecodePlan>> Create(BufferManager& manager, const DecodePlanConfig& config);
+
+  // Plans the manager's open step, which must be for `bucket`, and refills the bucket's workspace. `lengths`:
+  // [rows_per_request * real requests] tokens. Does not allocate or block. NOT_FOUND: not one of config.buckets.
+  // INVALID_ARGUMENT: a negative length (see PlanItems), or too many rows. Codes of BufferManager::Refill.
+  absl::Status Plan(const Extent& bucket, absl::Span<const int32_t> lengths);
+
+  const DecodePlanConfig& config() const { return config_; }
+
+ private:
+  friend class PagedDecode;
+  struct Workspace {
+    Extent bucket;
+    int32_t max_items = 0;
+    Buffer<int32_t> values;  // [1 + (rows + 1) + 3 * max_items]: item count, item_indptr, items
+  };
+  DecodePlan(BufferManager& manager, const DecodePlanConfig& config) : manager_(manager), config_(config) {}
+  const Workspace* Find(const Extent& bucket) const;
+
+  BufferManager& manager_;
+  const DecodePlanConfig config_;
+  std::vector<Workspace> workspaces_;  // constant after Create
+  std::vector<int32_t> staging_;       // [largest workspace], so that Plan does not allocate
+  Buffer<float> partial_out_;          // [max items, q_heads, head_dim]
+  Buffer<float> partial_lse_;          // [max items, q_heads], base 2
+};
+
+}  // namespace pristine::attention
+
+#endif  // PRISTINE_ATTENTION_DECODE_PLAN_H_

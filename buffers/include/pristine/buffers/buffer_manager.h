@@ -1,0 +1,224 @@
+// BufferManager: owns the inputs that captured graphs read, together with a read-only original of each.
+//
+//   registering --first capture--> sealed --Register--> registering a further chunk --next capture--> sealed …
+//
+// Each step:   BeginStep(bucket, extent);  Refill(buffer, values)…;  GraphRunner::Replay (or BeforeReplay + engine
+// launch) Each graph:  its first node is the prologue, one kernel: compare (sampled), restore originals, place the
+// step's values,
+//              pad the tails, validate; if validation fails it makes the replay harmless before the body runs.
+#ifndef PRISTINE_BUFFERS_BUFFER_MANAGER_H_
+#define PRISTINE_BUFFERS_BUFFER_MANAGER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "pristine/buffers/buffer_spec.h"
+#include "pristine/buffers/report.h"
+#include "pristine/buffers/violation.h"
+#include "pristine/graph_runtime/device.h"
+#include "pristine/graph_runtime/graph_hook.h"
+#include "pristine/graph_runtime/stream.h"
+
+namespace pristine {
+
+enum class OnViolation {
+  kNeutralise,  // record it, and make the replay harmless: lengths minimal, indptr flat, slots -1, pages the dummy page
+  kRecord,      // record it and go on
+  kTrap,        // record it and stop the stream: CUDA traps (sticky for the context), Host fails the stream
+};
+
+struct ManagerOptions {
+  enum class Check {
+    kOff,
+    kSampled,  // every sample_every-th replay
+    kAlways,
+  } check = Check::kSampled;  // compare constants with their originals in the prologue, before anything is overwritten
+  int sample_every = 16;
+  enum class Restore {
+    kGraphHead,  // the prologue restores kRestored buffers at the head of each graph
+    kStream,     // the caller does, with Restore(stream); captures and warm-ups restore as always
+    kOff,        // never, not even around warm-ups: what engines do today. For showing the bug
+  } restore = Restore::kGraphHead;
+  OnViolation on_violation = OnViolation::kNeutralise;
+  int staging_slots = 4;  // steps that may be in flight; at least 2
+  size_t late_refill_bytes =
+      1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
+  bool poison_scratch = false;
+};
+
+// A manager is one ordered sequence: used by one thread at a time, and its replays follow each other on one stream, or
+// on streams that the caller orders. Checked: a second thread inside a call, or another stream while the last replay is
+// still running, is FAILED_PRECONDITION. Graphs that may run at the same time need two managers. BeginStep, Refill,
+// Keep, Replay's hooks and Poll do not allocate, lock, log or synchronize.
+class BufferManager final : public GraphHook {
+ public:
+  // `device` must outlive the manager; the manager must outlive every graph that uses its buffers.
+  // INVALID_ARGUMENT: an option out of range. RESOURCE_EXHAUSTED: no memory.
+  static absl::StatusOr<std::unique_ptr<BufferManager>> Create(Device& device, ManagerOptions options = {});
+  ~BufferManager() override;
+
+  // --- set-up ---
+
+  // Allocates a live buffer of original.size() elements. `original` is what captures and warm-ups see and what restores
+  // put back: choose the worst case that kernels may meet (docs/roles_and_padding.md). It is copied before the call
+  // returns. Every kind's original must obey its own rule (INVALID_ARGUMENT with index and value).
+  // ALREADY_EXISTS: name taken. INVALID_ARGUMENT: empty; a kind that needs int32; a limit or axis that does not fit.
+  // NOT_FOUND: an id in derived_from. RESOURCE_EXHAUSTED: no memory, or past late_refill_bytes.
+  template <class T>
+  absl::StatusOr<Buffer<T>> Register(const BufferSpec& spec, absl::Span<const T> original) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    return Typed<T>(RegisterBytes(spec, ElementOf<T>(), {nullptr, 0}, Bytes(original), original.size()));
+  }
+  // Registers memory that the engine owns at its own address; it must outlive the manager. Treated alike but for guard
+  // bands. FAILED_PRECONDITION on Host: the address was not allocated by this device.
+  template <class T>
+  absl::StatusOr<Buffer<T>> Adopt(const BufferSpec& spec, DeviceSpan<T> live, absl::Span<const T> original) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    return Typed<T>(RegisterBytes(spec, ElementOf<T>(), AsWritableBytes(live), Bytes(original), original.size()));
+  }
+  // The same with the buffer's present contents as the original. Blocks while they are read back.
+  template <class T>
+  absl::StatusOr<Buffer<T>> Adopt(const BufferSpec& spec, DeviceSpan<T> live) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    return Typed<T>(AdoptBytes(spec, ElementOf<T>(), AsWritableBytes(live), live.size()));
+  }
+  // Watches memory that is not a buffer, such as a KV pool, for undeclared writes (Device::Watch). The memory must
+  // outlive the manager. Does nothing on devices that do not enforce accesses.
+  absl::Status Protect(const std::string& name, DeviceSpan<const std::byte> memory, size_t element_bytes);
+
+  // --- each step ---
+
+  // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. RESOURCE_EXHAUSTED:
+  // every staging slot is in flight (see WaitForSlot). OUT_OF_RANGE: `extent` does not fit in `bucket`.
+  absl::Status BeginStep(const Extent& bucket, const Extent& extent);
+  // Takes the real values for the open step; `values` may be reused on return. Bumps the buffer's generation.
+  // FAILED_PRECONDITION: no open step. INVALID_ARGUMENT: not kRefilled; values.size() is not the axis's count for the
+  // step's extent. OUT_OF_RANGE: more than the buffer holds. Values themselves are checked on the device.
+  template <class T>
+  absl::Status Refill(const Buffer<T>& buffer, absl::Span<const T> values) {
+    return RefillBytes(buffer.id, ElementOf<T>().bytes, Bytes(values), values.size());
+  }
+  // Asserts that the values of the last step still hold, for the same extent. Bumps the generation as a Refill does.
+  // FAILED_PRECONDITION: never refilled, or refilled for another extent.
+  template <class T>
+  absl::Status Keep(const Buffer<T>& buffer) {
+    return KeepBytes(buffer.id);
+  }
+  // Blocks until BeginStep would find a slot. The only call of a step that blocks.
+  absl::Status WaitForSlot();
+
+  // How often the buffer was refilled or kept. -1: no such buffer.
+  int64_t generation(int buffer) const;
+
+  // --- graphs that the engine captures and launches by itself (GraphRunner calls these by itself) ---
+
+  // Queues the prologue; in a capture it must be the first node (FAILED_PRECONDITION otherwise). Outside a capture it
+  // runs eagerly, for the step that BeforeReplay armed. The first one of a capture seals what is registered (blocks, so
+  // call Seal() before beginning a capture; FAILED_PRECONDITION otherwise).
+  absl::Status RecordPrologue(Stream& stream, const Extent& bucket);
+  // Ends registration of the current chunk: uploads originals and makes them read-only. Blocks. Does nothing when there
+  // is nothing new.
+  absl::Status Seal();
+  // Checks the open step and arms exactly one staging slot for the next launch of the graph of `bucket` on `stream`.
+  // FAILED_PRECONDITION, naming both numbers: no open step, a buffer neither refilled nor kept, a step for another
+  // bucket or extent, a buffer derived from an older generation of another. Nothing is queued then. Launching without
+  // it, or calling it twice for one launch, is found on the device: reported and neutralised.
+  absl::Status BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent);
+
+  // --- restore and check ---
+
+  // Queues the copy of the originals of all kRestored buffers. For Restore::kStream.
+  absl::Status Restore(Stream& stream);
+  // Queues the copy of all originals, of all roles: the state that captures and warm-ups see, for graphs of `bucket`.
+  absl::Status RestoreAll(Stream& stream, const Extent& bucket);
+  // Queues (or records) a check that `actual` equals `expected` over the bucket's part of `expected`'s axis; reports
+  // kPlanMismatch at the first difference. The body goes on.
+  absl::Status CheckEqual(Stream& stream, const Buffer<int32_t>& expected, const Buffer<int32_t>& actual,
+                          const Extent& bucket);
+  // Moves up to out.size() reports that have arrived since the last call to `out`; returns how many. Never blocks or
+  // calls the driver; works after the device context has died.
+  size_t Poll(absl::Span<Violation> out);
+  // Waits for `stream`, then compares constants with their originals, guard bands, and originals with what was sealed.
+  // Does not heal. Includes reports not yet polled. Empty: clean.
+  absl::StatusOr<std::vector<Violation>> Verify(Stream& stream);
+
+  // Who last ran a graph that covers `index` of a kRestored buffer: warm-ups and captures count, with replay 0.
+  struct Writer {
+    const char* graph = "";
+    Extent bucket;
+    int64_t replay = 0;
+  };
+  // NOT_FOUND: nothing ran.
+  absl::StatusOr<Writer> LastWriter(int buffer, int64_t index) const;
+
+  struct Stats {
+    int64_t replays = 0;          // armed
+    int64_t restored_bytes = 0;   // copied from originals by prologues and Restore
+    int64_t expected_writes = 0;  // checked replays that found a kRestored buffer changed, as is its right
+    int64_t healed = 0;           // constants found polluted and put back
+    int64_t neutralised = 0;      // replays made harmless
+    int64_t lost_reports = 0;     // reports overwritten before Poll saw them
+  };
+  // As of what has run by now. Does not block.
+  Stats stats() const;
+  ProtectionLevel protection_level() const;
+  bool sealed() const;
+  Device& device() const;
+  // The name of a buffer; "" if there is none.
+  const char* name(int buffer) const;
+  // For kernels of others that report into Poll; `bucket` names the graph in the reports.
+  ReportRing report_ring(const Extent& bucket);
+
+ private:
+  struct Element {
+    size_t bytes;
+    bool is_int32;
+  };
+  template <class T>
+  static constexpr Element ElementOf() {
+    return {sizeof(T), std::is_same_v<T, int32_t>};
+  }
+  template <class T>
+  static absl::Span<const std::byte> Bytes(absl::Span<const T> values) {
+    return {reinterpret_cast<const std::byte*>(values.data()), values.size() * sizeof(T)};
+  }
+  struct Registered {
+    int id;
+    void* live;
+    size_t size;
+  };
+  template <class T>
+  static absl::StatusOr<Buffer<T>> Typed(absl::StatusOr<Registered> registered) {
+    if (!registered.ok()) return registered.status();
+    return Buffer<T>{registered->id, {static_cast<T*>(registered->live), registered->size}};
+  }
+
+  // GraphHook, for GraphRunner.
+  absl::Status BeforeCapture(Stream& stream, const RunInfo& info) override;
+  absl::Status RecordPrologue(Stream& stream, const RunInfo& info) override;
+  void AfterCapture(const RunInfo& info, const absl::Status& outcome) override;
+  absl::Status BeforeReplay(Stream& stream, const RunInfo& info) override;
+  void AfterReplay(Stream& stream, const RunInfo& info, const absl::Status& outcome) override;
+
+  absl::StatusOr<Registered> RegisterBytes(const BufferSpec& spec, Element element, DeviceSpan<std::byte> live,
+                                           absl::Span<const std::byte> original, size_t size);
+  absl::StatusOr<Registered> AdoptBytes(const BufferSpec& spec, Element element, DeviceSpan<std::byte> live,
+                                        size_t size);
+  absl::Status RefillBytes(int buffer, size_t element_bytes, absl::Span<const std::byte> values, size_t size);
+  absl::Status KeepBytes(int buffer);
+
+  class Impl;
+  explicit BufferManager(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace pristine
+
+#endif  // PRISTINE_BUFFERS_BUFFER_MANAGER_H_

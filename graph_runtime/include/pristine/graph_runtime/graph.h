@@ -1,0 +1,79 @@
+// Graph (what a capture recorded, inspectable) and GraphExec (what can be launched).
+#ifndef PRISTINE_GRAPH_RUNTIME_GRAPH_H_
+#define PRISTINE_GRAPH_RUNTIME_GRAPH_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "pristine/graph_runtime/stream.h"
+
+namespace pristine {
+
+struct GraphNode {
+  enum class Kind { kKernel, kCopy, kFill, kOther } kind = Kind::kOther;
+  std::string
+      name;  // Kernel::name, "copy", "copy_from_host", "copy_to_host", "fill"; foreign kernels: the symbol or ""
+  bool foreign = false;    // queued on the native stream, not through Stream
+  void* native = nullptr;  // cudaGraphNode_t; null on Host
+};
+
+// `to` runs after `from`; both are indices into nodes(). Edges are transitively reduced, so both backends agree.
+struct GraphEdge {
+  int from = 0;
+  int to = 0;
+  friend bool operator==(const GraphEdge&, const GraphEdge&) = default;
+  friend auto operator<=>(const GraphEdge&, const GraphEdge&) = default;
+};
+
+// Immutable; may be destroyed while an exec made from it runs.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  const std::vector<GraphNode>& nodes() const {
+    return nodes_;
+  }  // in the order recorded; foreign nodes last where unknown
+  const std::vector<GraphEdge>& edges() const { return edges_; }  // sorted
+  // Graphviz text: a box per node, foreign ones dashed, an arrow per edge.
+  std::string ToDot(const std::string& title) const;
+  // Blocks while the driver builds (milliseconds on CUDA). FAILED_PRECONDITION: the graph allocates memory.
+  absl::StatusOr<std::unique_ptr<GraphExec>> Instantiate() const { return DoInstantiate(); }
+
+ protected:
+  void SetNodes(std::vector<GraphNode> nodes, std::vector<GraphEdge> edges);  // reduces and sorts `edges`
+
+ private:
+  virtual absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const = 0;
+  std::vector<GraphNode> nodes_;
+  std::vector<GraphEdge> edges_;
+};
+
+// A graph that can be launched. One launch runs at a time: a launch waits for the one before, on any stream. May be
+// destroyed while a launch is in flight: it is then retired, and the launch completes.
+class GraphExec {
+ public:
+  virtual ~GraphExec() = default;
+  // Queues one run: after earlier work of `stream`, before later work. Does not block or allocate.
+  // FAILED_PRECONDITION: `stream` is capturing. INVALID_ARGUMENT: it belongs to another device.
+  absl::Status Launch(Stream& stream);
+
+ protected:
+  explicit GraphExec(const Device& device) : device_(device) {}
+
+ private:
+  virtual absl::Status DoLaunch(Stream& stream) = 0;
+  const Device& device_;
+};
+
+// Runs `body` once; what it queues on `stream`, and on streams that joined, is recorded and not executed. The stream is
+// out of capture on return, whatever happened, and usable. Returns the error of `body` if it fails.
+// FAILED_PRECONDITION: already capturing; or `body` synchronized, allocated, or left a fork unjoined.
+absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream, absl::FunctionRef<absl::Status(Stream&)> body);
+
+}  // namespace pristine
+
+#endif  // PRISTINE_GRAPH_RUNTIME_GRAPH_H_
