@@ -71,6 +71,8 @@ class DecodePlan {
   };
   DecodePlan(BufferManager& manager, const DecodePlanConfig& config) : manager_(manager), config_(config) {}
   const Workspace* Find(const Extent& bucket) const;
+  // Plans into staging_; the result is valid until the next call.
+  absl::StatusOr<absl::Span<const int32_t>> Fill(const Workspace& workspace, absl::Span<const int32_t> lengths);
 
   BufferManager& manager_;
   const DecodePlanConfig config_;

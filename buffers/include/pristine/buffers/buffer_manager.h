@@ -2,10 +2,10 @@
 //
 //   registering --first capture--> sealed --Register--> registering a further chunk --next capture--> sealed …
 //
-// Each step:   BeginStep(bucket, extent);  Refill(buffer, values)…;  GraphRunner::Replay (or BeforeReplay + engine
-// launch) Each graph:  its first node is the prologue, one kernel: compare (sampled), restore originals, place the
-// step's values,
-//              pad the tails, validate; if validation fails it makes the replay harmless before the body runs.
+// Each step:   BeginStep(bucket, extent);  Refill(buffer, values)…;
+//              GraphRunner::Replay (or BeforeReplay + the engine's launch)
+// Each graph:  its first node is the prologue, one kernel: compare (sampled), restore originals, place the step's
+//              values, pad the tails, validate; if validation fails it makes the replay harmless before the body runs.
 #ifndef PRISTINE_BUFFERS_BUFFER_MANAGER_H_
 #define PRISTINE_BUFFERS_BUFFER_MANAGER_H_
 
@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -70,7 +71,7 @@ class BufferManager final : public GraphHook {
   // put back: choose the worst case that kernels may meet (docs/roles_and_padding.md). It is copied before the call
   // returns. Every kind's original must obey its own rule (INVALID_ARGUMENT with index and value).
   // ALREADY_EXISTS: name taken. INVALID_ARGUMENT: empty; a kind that needs int32; a limit or axis that does not fit.
-  // NOT_FOUND: an id in derived_from. RESOURCE_EXHAUSTED: no memory, or past late_refill_bytes.
+  // NOT_FOUND: an id in derived_from. RESOURCE_EXHAUSTED: no memory, more than 1024 buffers, past late_refill_bytes.
   template <class T>
   absl::StatusOr<Buffer<T>> Register(const BufferSpec& spec, absl::Span<const T> original) {
     static_assert(std::is_trivially_copyable_v<T>);
@@ -173,6 +174,8 @@ class BufferManager final : public GraphHook {
   Device& device() const;
   // The name of a buffer; "" if there is none.
   const char* name(int buffer) const;
+  // The sealed original of a buffer: read-only memory that stays. Empty before it is sealed.
+  DeviceSpan<const std::byte> original(int buffer) const;
   // For kernels of others that report into Poll; `bucket` names the graph in the reports.
   ReportRing report_ring(const Extent& bucket);
 
@@ -214,6 +217,9 @@ class BufferManager final : public GraphHook {
   absl::Status RefillBytes(int buffer, size_t element_bytes, absl::Span<const std::byte> values, size_t size);
   absl::Status KeepBytes(int buffer);
 
+  friend absl::StatusOr<std::vector<Violation>> FindPolluter(BufferManager& manager, Stream& stream,
+                                                             const Extent& bucket,
+                                                             absl::FunctionRef<absl::Status(Stream&)> body);
   class Impl;
   explicit BufferManager(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;

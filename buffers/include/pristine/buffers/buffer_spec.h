@@ -29,7 +29,8 @@ enum class Role {
 //               last <= limit
 //   kLength     be in [0, limit]                     contract.min_length                  contract.min_length
 //   kPageTable  be in [0, limit)                     dummy                                dummy
-//   kSlot       be in [-1, limit)                    -1, or dummy if !negative_ok         the same
+//   kSlot       be in [-1, limit); if !negative_ok   -1, or dummy if !negative_ok         the same
+//               in [0, limit)
 //   kPosition   be in [0, limit)                     0                                    0
 //   kMask       -                                    0 bytes                              0 bytes
 //   kOpaque     -                                    0 bytes                              0 bytes

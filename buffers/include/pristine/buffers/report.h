@@ -39,6 +39,11 @@ __host__ __device__
   const uint64_t place = std::atomic_ref<uint64_t>(*ring.count).fetch_add(1);
 #endif
   ReportRecord& record = ring.records[place % ring.capacity];
+  // The sequence is 0 while the record changes, so that a reader who is overtaken notices.
+#ifdef __CUDA_ARCH__
+  volatile uint64_t& sequence = record.sequence;
+  sequence = 0;
+  __threadfence_system();
   record.index = index;
   record.expected = expected;
   record.actual = actual;
@@ -46,11 +51,19 @@ __host__ __device__
   record.kind = kind;
   record.buffer = buffer;
   record.graph = ring.graph;
-#ifdef __CUDA_ARCH__
   __threadfence_system();
-  *reinterpret_cast<volatile uint64_t*>(&record.sequence) = place + 1;
+  sequence = place + 1;
 #else
-  std::atomic_ref<uint64_t>(record.sequence).store(place + 1, std::memory_order_release);
+  const auto store = [](auto& field, auto value) { std::atomic_ref(field).store(value, std::memory_order_release); };
+  store(record.sequence, uint64_t{0});
+  store(record.index, index);
+  store(record.expected, expected);
+  store(record.actual, actual);
+  store(record.replay, *ring.replay);
+  store(record.kind, kind);
+  store(record.buffer, buffer);
+  store(record.graph, ring.graph);
+  store(record.sequence, place + 1);
 #endif
 }
 

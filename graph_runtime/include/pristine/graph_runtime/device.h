@@ -7,8 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <utility>
+#include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -17,6 +22,7 @@
 namespace pristine {
 
 class Event;
+class Graph;
 class Stream;
 
 enum class Backend { kHost, kCuda };
@@ -116,6 +122,7 @@ class Device {
   friend class PinnedBuffer;
   friend class ProtectedBuffer;
   friend class Stream;
+  friend absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream&, absl::FunctionRef<absl::Status(Stream&)>);
 
   virtual absl::StatusOr<void*> DoAllocate(size_t bytes, const char* name) = 0;
   virtual void DoFree(void* address, size_t bytes) noexcept = 0;
@@ -133,7 +140,13 @@ class Device {
   virtual absl::StatusOr<int64_t> DoWatch(const WatchedRegion& region, Watcher* watcher) = 0;
   virtual void DoUnwatch(int64_t id) = 0;
 
-  absl::Status CheckMayAllocate(size_t bytes, const char* name) const;
+  // Captures in progress on this device, begun by Capture().
+  void AddCapture(Stream* stream);
+  void RemoveCapture(Stream* stream);
+  // FAILED_PRECONDITION: a stream of this device is capturing. Captures begun by the calling thread are then dead: their
+  // body did what it must not.
+  absl::Status RefuseWhileCapturing(const std::string& call);
+  absl::Status CheckMayAllocate(size_t bytes, const char* name);
 
   const Backend backend_;
   const std::string name_;
@@ -144,6 +157,8 @@ class Device {
   std::atomic<size_t> live_allocations_{0};
   std::atomic<size_t> total_allocations_{0};
   std::atomic<int> capturing_{0};
+  std::mutex captures_mutex_;
+  std::vector<std::pair<Stream*, std::thread::id>> captures_;  // guarded by captures_mutex_
 };
 
 struct HostOptions {

@@ -20,7 +20,12 @@ struct Extent {
 
   // "{4 requests, 4 tokens}"
   std::string ToString() const {
-    return "{" + std::to_string(requests) + " requests, " + std::to_string(tokens) + " tokens}";
+    std::string text = "{";
+    text += std::to_string(requests);
+    text += " requests, ";
+    text += std::to_string(tokens);
+    text += " tokens}";
+    return text;
   }
 };
 

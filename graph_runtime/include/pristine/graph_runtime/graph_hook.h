@@ -33,7 +33,7 @@ class GraphHook {
   virtual void AfterCapture(const RunInfo& info, const absl::Status& outcome) = 0;
   // Checks and arms the replay. Nothing was launched yet.
   virtual absl::Status BeforeReplay(Stream& stream, const RunInfo& info) = 0;
-  // After the launch was queued, or refused (`outcome`).
+  // After the launch was queued, or refused (`outcome`). Only for hooks whose BeforeReplay succeeded.
   virtual void AfterReplay(Stream& stream, const RunInfo& info, const absl::Status& outcome) = 0;
 };
 

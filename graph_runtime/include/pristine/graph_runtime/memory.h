@@ -14,7 +14,9 @@
 
 namespace pristine {
 
+class CudaDevice;
 class Device;
+class HostDevice;
 class Stream;
 
 // A typed address range in device memory. Does not own it. Host code must not dereference address(): it is the value
@@ -140,6 +142,8 @@ class ProtectedBuffer {
 
  private:
   friend class Device;
+  friend class CudaDevice;  // the backends fill in what they mapped
+  friend class HostDevice;
   Device* device_ = nullptr;
   void* address_ = nullptr;   // what readers use
   void* writable_ = nullptr;  // backend's; null once sealed (where level is kHardware)

@@ -94,8 +94,11 @@ class Stream {
 
  private:
   friend absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream&, absl::FunctionRef<absl::Status(Stream&)>);
+  friend class Device;  // kills the capture that allocates
   friend class GraphExec;
 
+  // FAILED_PRECONDITION while capturing, and the capture is dead.
+  absl::Status RefuseWhileCapturing(const char* call);
   absl::Status Observe(const char* node);
 
   virtual bool DoCapturing() const = 0;

@@ -1,0 +1,279 @@
+#include "pristine/attention/decode_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "attention/kernels/paged_decode.h"
+#include "attention/kernels/plan_layout.h"
+#include "attention/variants.h"
+#include "pristine/graph_runtime/status.h"
+#include "pristine/graph_runtime/trace.h"
+
+namespace pristine::attention {
+namespace {
+
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+constexpr int32_t kMinChunk = 128;  // tokens; a smaller item costs more to merge than it saves
+constexpr int32_t kChunkUnit = 16;
+
+int64_t Rows(const DecodePlanConfig& config, const Extent& bucket) {
+  return int64_t{config.rows_per_request} * bucket.requests;
+}
+
+int64_t MaxItems64(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors) {
+  const int64_t heads = std::max(1, config.kv_heads);
+  return Rows(config, bucket) + (int64_t{2} * multiprocessors + heads - 1) / heads;
+}
+
+// The planned part of a row.
+struct Planned {
+  int32_t begin = 0, end = 0;
+};
+Planned PlannedRange(const DecodePlanConfig& config, int32_t length) {
+  const int32_t end = std::min(length, config.max_row_tokens);
+  return {config.window > 0 ? std::max(0, end - config.window) : 0, end};
+}
+
+// ceil(n / divisor) for n < 2^31 and divisor > 1, without a division: the planner asks some thousand times per step.
+class CeilDivider {
+ public:
+  explicit CeilDivider(int32_t divisor)
+      : before_(divisor - 1), reciprocal_(std::numeric_limits<uint64_t>::max() / static_cast<uint32_t>(divisor) + 1) {}
+  int32_t operator()(int32_t n) const {
+    const uint32_t sum = static_cast<uint32_t>(n) + before_;
+    return static_cast<int32_t>((static_cast<unsigned __int128>(reciprocal_) * sum) >> 64);
+  }
+
+ private:
+  uint32_t before_;
+  uint64_t reciprocal_;
+};
+
+int64_t CountItems(const DecodePlanConfig& config, absl::Span<const int32_t> lengths, int32_t chunk) {
+  const CeilDivider items_of(chunk);
+  int64_t count = 0;
+  for (const int32_t length : lengths) {
+    const Planned planned = PlannedRange(config, length);
+    count += items_of(planned.end - planned.begin);
+  }
+  return count;
+}
+
+absl::Status CheckLengths(const DecodePlanConfig& config, absl::Span<const int32_t> lengths) {
+  int64_t sum = 0;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const int64_t next = sum + lengths[i];
+    if (next < sum) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(config.name, ": kv_indptr falls from ", sum, " at ", i, " to ", next, " at ", i + 1));
+    }
+    sum = next;
+  }
+  return absl::OkStatus();
+}
+
+// The smallest chunk, in tokens, with which the rows need no more than `places` items. `places` is at least the number
+// of rows, so a chunk as long as the longest row always does.
+int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> lengths, int64_t places) {
+  int64_t tokens = 0, longest = 0, rows = 0;
+  for (const int32_t length : lengths) {
+    const Planned planned = PlannedRange(config, length);
+    const int64_t size = planned.end - planned.begin;
+    tokens += size;
+    longest = std::max(longest, size);
+    rows += size > 0;
+  }
+  // Items start on page boundaries where there is no window.
+  const int64_t unit = config.page_size * ((int64_t{kChunkUnit} - 1) / config.page_size + 1);
+  const auto units = [unit](int64_t size) { return (size + unit - 1) / unit; };
+  // Fewer than tokens / places cannot do; tokens / (places - rows) does, since a row wastes less than one item.
+  int64_t low = std::max(units(kMinChunk), units((tokens + places - 1) / places));
+  int64_t high = units(longest);
+  if (places > rows) high = std::min(high, units((tokens + places - rows - 1) / (places - rows)));
+  high = std::max(high, low);
+  const auto chunk = [unit](int64_t count) { return static_cast<int32_t>(std::min(count * unit, kMaxInt32)); };
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (CountItems(config, lengths, chunk(middle)) <= places) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return chunk(low);
+}
+
+absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
+  const std::pair<const char*, int32_t> positive[] = {{"rows_per_request", config.rows_per_request},
+                                                      {"q_heads", config.q_heads},
+                                                      {"kv_heads", config.kv_heads},
+                                                      {"page_size", config.page_size},
+                                                      {"max_row_tokens", config.max_row_tokens},
+                                                      {"worst_row_tokens", config.worst_row_tokens}};
+  for (const auto& [what, value] : positive) {
+    if (value < 1) {
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": ", what, " is ", value, ", must be at least 1"));
+    }
+  }
+  if (config.window < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(config.name, ": window is ", config.window, ", must be at least 0 (0: all)"));
+  }
+  if (config.worst_row_tokens > config.max_row_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat(config.name, ": worst_row_tokens is ", config.worst_row_tokens,
+                                                   ", must be at most max_row_tokens ", config.max_row_tokens));
+  }
+  if (config.q_heads % config.kv_heads != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(config.name, ": q_heads is ", config.q_heads,
+                                                   ", must be a multiple of kv_heads ", config.kv_heads));
+  }
+  if (config.q_heads / config.kv_heads > kDecodeMaxGroup) {
+    return absl::UnimplementedError(absl::StrCat(config.name, ": ", config.q_heads / config.kv_heads,
+                                                 " query heads per KV head, kernels take at most ", kDecodeMaxGroup));
+  }
+  if (config.kv_heads > 65535 || config.q_heads > 65535) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(config.name, ": q_heads is ", config.q_heads, ", must be at most 65535"));
+  }
+  if (FindDecodeVariant(config.dtype, config.head_dim) == nullptr) {
+    return absl::UnimplementedError(absl::StrCat(config.name, ": no kernel for ", ToString(config.dtype),
+                                                 " with head_dim ", config.head_dim, "; there are ",
+                                                 DecodeVariantNames()));
+  }
+  if (config.buckets.empty()) return absl::InvalidArgumentError(absl::StrCat(config.name, ": no buckets"));
+  for (size_t i = 0; i < config.buckets.size(); ++i) {
+    const Extent& bucket = config.buckets[i];
+    if (bucket.requests < 1 || bucket.tokens < 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(config.name, ": bucket ", bucket.ToString(), " must have at least 1 of each"));
+    }
+    if (std::find(config.buckets.begin(), config.buckets.begin() + i, bucket) != config.buckets.begin() + i) {
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " is given twice"));
+    }
+    const int64_t values = MaxItems64(config, bucket, multiprocessors) * config.q_heads * config.head_dim;
+    if (values > kMaxInt32) {
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " needs ", values,
+                                                     " values of partial results, must be at most ", kMaxInt32));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int32_t MaxItems(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors) {
+  return static_cast<int32_t>(std::min(MaxItems64(config, bucket, multiprocessors), kMaxInt32));
+}
+
+absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors,
+                                  absl::Span<const int32_t> lengths, absl::Span<WorkItem> items,
+                                  absl::Span<int32_t> item_indptr) {
+  const int64_t rows = Rows(config, bucket);
+  const int64_t places = MaxItems(config, bucket, multiprocessors);
+  if (static_cast<int64_t>(lengths.size()) > rows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(config.name, ": ", lengths.size(), " rows, bucket ", bucket.ToString(), " has ", rows));
+  }
+  if (static_cast<int64_t>(items.size()) < places || static_cast<int64_t>(item_indptr.size()) < rows + 1) {
+    return absl::InvalidArgumentError(absl::StrCat(config.name, ": room for ", items.size(), " items and ",
+                                                   item_indptr.size(), " indptr values, needs ", places, " and ",
+                                                   rows + 1));
+  }
+  PRISTINE_RETURN_IF_ERROR(CheckLengths(config, lengths));
+  const int32_t chunk = SmallestChunk(config, lengths, places);
+  int32_t count = 0;
+  item_indptr[0] = 0;
+  for (int32_t row = 0; row < rows; ++row) {
+    if (row < static_cast<int32_t>(lengths.size())) {
+      const Planned planned = PlannedRange(config, lengths[row]);
+      for (int64_t begin = planned.begin; begin < planned.end; begin += chunk) {
+        items[count++] = {row, static_cast<int32_t>(begin),
+                          static_cast<int32_t>(std::min<int64_t>(begin + chunk, planned.end))};
+      }
+    }
+    item_indptr[row + 1] = count;
+  }
+  return count;
+}
+
+absl::StatusOr<std::unique_ptr<DecodePlan>> DecodePlan::Create(BufferManager& manager, const DecodePlanConfig& given) {
+  DecodePlanConfig config = given;
+  if (config.worst_row_tokens == 0) config.worst_row_tokens = config.max_row_tokens;
+  const int multiprocessors = manager.device().multiprocessors();
+  PRISTINE_RETURN_IF_ERROR(Validate(config, multiprocessors));
+  std::unique_ptr<DecodePlan> plan(new DecodePlan(manager, config));
+
+  int32_t most_items = 0;
+  size_t most_words = 0;
+  for (const Extent& bucket : config.buckets) {
+    const int32_t max_items = MaxItems(config, bucket, multiprocessors);
+    most_items = std::max(most_items, max_items);
+    most_words = std::max<size_t>(most_words, PlanWords(static_cast<int32_t>(Rows(config, bucket)), max_items));
+  }
+  plan->staging_.resize(most_words);
+  for (const Extent& bucket : config.buckets) {
+    Workspace workspace = {.bucket = bucket, .max_items = MaxItems(config, bucket, multiprocessors), .values = {}};
+    const std::vector<int32_t> worst(Rows(config, bucket), config.worst_row_tokens);
+    PRISTINE_ASSIGN_OR_RETURN(const absl::Span<const int32_t> original, plan->Fill(workspace, worst));
+    PRISTINE_ASSIGN_OR_RETURN(
+        workspace.values,
+        manager.Register<int32_t>({.name = absl::StrCat(config.name, ".items_", bucket.requests, "_", bucket.tokens),
+                                   .role = Role::kRefilled,
+                                   .only_bucket = bucket,
+                                   .derived_from = config.derived_from},
+                                  original));
+    plan->workspaces_.push_back(workspace);
+  }
+
+  const std::vector<float> zeros(size_t{static_cast<uint32_t>(most_items)} * config.q_heads * config.head_dim);
+  PRISTINE_ASSIGN_OR_RETURN(plan->partial_out_,
+                            manager.Register<float>({.name = config.name + ".partial_out", .role = Role::kScratch},
+                                                    absl::MakeConstSpan(zeros)));
+  PRISTINE_ASSIGN_OR_RETURN(plan->partial_lse_,
+                            manager.Register<float>({.name = config.name + ".partial_lse", .role = Role::kScratch},
+                                                    absl::MakeConstSpan(zeros).first(zeros.size() / config.head_dim)));
+  return plan;
+}
+
+absl::StatusOr<absl::Span<const int32_t>> DecodePlan::Fill(const Workspace& workspace,
+                                                           absl::Span<const int32_t> lengths) {
+  static_assert(sizeof(WorkItem) == 3 * sizeof(int32_t));
+  const int32_t rows = static_cast<int32_t>(Rows(config_, workspace.bucket));
+  const absl::Span<int32_t> values =
+      absl::MakeSpan(staging_).first(static_cast<size_t>(PlanWords(rows, workspace.max_items)));
+  const absl::Span<WorkItem> items(reinterpret_cast<WorkItem*>(values.data() + PlanItemsAt(rows)),
+                                   static_cast<size_t>(workspace.max_items));
+  PRISTINE_ASSIGN_OR_RETURN(values[kPlanCount],
+                            PlanItems(config_, workspace.bucket, manager_.device().multiprocessors(), lengths, items,
+                                      values.subspan(kPlanItemIndptr, static_cast<size_t>(rows) + 1)));
+  // The same plan is the same bytes.
+  std::fill(items.begin() + values[kPlanCount], items.end(), WorkItem{0, 0, 0});
+  return absl::Span<const int32_t>(values);
+}
+
+absl::Status DecodePlan::Plan(const Extent& bucket, absl::Span<const int32_t> lengths) {
+  const ScopedRange range("plan");
+  const Workspace* workspace = Find(bucket);
+  if (workspace == nullptr) {
+    return absl::NotFoundError(absl::StrCat(config_.name, ": no plan for bucket ", bucket.ToString()));
+  }
+  if (lengths.size() % static_cast<size_t>(config_.rows_per_request) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(config_.name, ": ", lengths.size(),
+                                                   " rows, must be a multiple of rows_per_request ",
+                                                   config_.rows_per_request));
+  }
+  PRISTINE_ASSIGN_OR_RETURN(const absl::Span<const int32_t> values, Fill(*workspace, lengths));
+  return manager_.Refill(workspace->values, values);
+}
+
+const DecodePlan::Workspace* DecodePlan::Find(const Extent& bucket) const {
+  for (const Workspace& workspace : workspaces_) {
+    if (workspace.bucket == bucket) return &workspace;
+  }
+  return nullptr;
+}
+
+}  // namespace pristine::attention

@@ -1,0 +1,283 @@
+// One block per (work item, KV head). Four warps, each with its own query heads and its own part of every tile of
+// tokens: for up to 8 query heads all warps take the same heads and a quarter of the tokens each.
+#include <cuda_runtime.h>
+#include <math_constants.h>
+
+#include "attention/kernels/paged_decode.h"
+#include "attention/kernels/plan_layout.h"
+
+namespace pristine::attention {
+
+// ./run cuda refuses spills in the kernels of this namespace.
+namespace hot {
+
+constexpr int kWarps = kDecodeThreads / 32;
+constexpr int kTokensPerWarp = 16;  // of a tile: two lanes score one token, each half of its elements
+constexpr unsigned kAllLanes = 0xffffffffu;
+static_assert(kDecodeTile == kWarps * kTokensPerWarp);
+
+// The elements of 16 bytes (or of 4 or 8) of K or V.
+template <int kCount>
+__device__ inline void Unpack(const unsigned char* from, float, float (&to)[kCount]) {
+  if constexpr (kCount == 4) {
+    const float4 x = *reinterpret_cast<const float4*>(from);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else {
+    static_assert(kCount == 2);
+    const float2 x = *reinterpret_cast<const float2*>(from);
+    to[0] = x.x, to[1] = x.y;
+  }
+}
+__device__ inline void UnpackPair(unsigned pair, float& low, float& high) {
+  low = __uint_as_float(pair << 16);
+  high = __uint_as_float(pair & 0xffff0000u);
+}
+template <int kCount>
+__device__ inline void Unpack(const unsigned char* from, BFloat16, float (&to)[kCount]) {
+  if constexpr (kCount == 8) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    UnpackPair(x.x, to[0], to[1]);
+    UnpackPair(x.y, to[2], to[3]);
+    UnpackPair(x.z, to[4], to[5]);
+    UnpackPair(x.w, to[6], to[7]);
+  } else if constexpr (kCount == 4) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from);
+    UnpackPair(x.x, to[0], to[1]);
+    UnpackPair(x.y, to[2], to[3]);
+  } else {
+    static_assert(kCount == 2);
+    UnpackPair(*reinterpret_cast<const unsigned*>(from), to[0], to[1]);
+  }
+}
+
+// kHeads: query heads of one warp.
+template <class T, int kHeadDim, int kHeads>
+__global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeParams p) {
+  constexpr int kVec = 16 / sizeof(T);
+  constexpr int kVecs = kHeadDim / kVec;
+  constexpr int kStride = DecodeRowStride(sizeof(T), kHeadDim);
+  constexpr int kOwned = kHeadDim / 32;  // output elements of one lane
+  static_assert(kWarps * kHeads * (kHeadDim + 2) * sizeof(float) <= 2 * kDecodeTile * kStride,
+                "the merge of the warps reuses the tile");
+  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* const k_tile = shared;
+  unsigned char* const v_tile = shared + kDecodeTile * kStride;
+  float* const q_shared = reinterpret_cast<float*>(shared + 2 * kDecodeTile * kStride);
+  long long* const offsets = reinterpret_cast<long long*>(q_shared + kDecodeMaxGroup * kHeadDim);
+
+  const int item = blockIdx.x;
+  const int kv_head = blockIdx.y;
+  const int group = p.q_heads / p.kv_heads;
+  if (item >= min(p.plan[kPlanCount], p.max_items)) return;
+
+  const int32_t* const work = p.plan + PlanItemsAt(p.rows) + 3LL * item;
+  const int row = work[0];
+  long long begin = 0, end = 0, first_page = 0;
+  if (row >= 0 && row < p.rows) {
+    first_page = p.kv_indptr[row];
+    const long long last_page =
+        min(static_cast<long long>(p.kv_indptr[row + 1]), static_cast<long long>(p.kv_indices_size));
+    if (first_page >= 0 && last_page > first_page) {
+      long long length = (last_page - first_page) * p.page_size;
+      if (p.lengths != nullptr) length = min(length, static_cast<long long>(p.lengths[row]));
+      begin = max(static_cast<long long>(work[1]), p.window > 0 ? max(0LL, length - p.window) : 0LL);
+      end = min(static_cast<long long>(work[2]), length);
+    }
+  }
+  const long long first_head = static_cast<long long>(item) * p.q_heads + kv_head * group;
+  if (begin < 0 || begin >= end) {
+    for (int h = threadIdx.x; h < group; h += kDecodeThreads) p.partial_lse[first_head + h] = -CUDART_INF_F;
+    return;
+  }
+
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int head_warps = kHeads < 8 || group <= 8 ? 1 : group <= 16 ? 2 : 4;
+  const int token_warps = kWarps / head_warps;
+  const int token_warp = warp % token_warps;
+  const int head_warp = warp / token_warps;
+  const int tile = token_warps * kTokensPerWarp;
+
+  const T* const q =
+      static_cast<const T*>(p.q) + (static_cast<long long>(row) * p.q_heads + kv_head * group) * kHeadDim;
+  for (int i = threadIdx.x; i < head_warps * kHeads * kHeadDim; i += kDecodeThreads) {
+    q_shared[i] = i < group * kHeadDim ? ToFloat(q[i]) * p.scale_log2 : 0.0f;
+  }
+
+  float top[kHeads], mass[kHeads], sum[kHeads][kOwned];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    top[h] = -CUDART_INF_F;
+    mass[h] = 0.0f;
+#pragma unroll
+    for (int d = 0; d < kOwned; ++d) sum[h][d] = 0.0f;
+  }
+
+  const unsigned char* const k_pool = static_cast<const unsigned char*>(p.k);
+  const unsigned char* const v_pool = static_cast<const unsigned char*>(p.v);
+  const float* const q_warp = q_shared + head_warp * kHeads * kHeadDim;
+  const int token = token_warp * kTokensPerWarp + lane / 2;
+  const int half = lane % 2;
+
+  for (long long start = begin; start < end; start += tile) {
+    __syncthreads();  // the tile before is used up
+    if (threadIdx.x < tile) {
+      const long long position = start + threadIdx.x;
+      long long offset = -1;
+      if (position < end) {
+        const long long page = p.kv_indices[first_page + position / p.page_size];
+        if (page >= 0 && page < p.num_pages) {
+          offset = ((page * p.page_size + position % p.page_size) * p.kv_heads + kv_head) * (kHeadDim * sizeof(T));
+        }
+      }
+      offsets[threadIdx.x] = offset;
+    }
+    __syncthreads();
+    // Tokens that are not attended become zeros: a weight of 0 times whatever lies there could be NaN.
+    for (int i = threadIdx.x; i < tile * kVecs; i += kDecodeThreads) {
+      const int t = i / kVecs;
+      const int column = i % kVecs * 16;
+      const long long offset = offsets[t];
+      uint4 k = {0, 0, 0, 0}, v = {0, 0, 0, 0};
+      if (offset >= 0) {
+        k = *reinterpret_cast<const uint4*>(k_pool + offset + column);
+        v = *reinterpret_cast<const uint4*>(v_pool + offset + column);
+      }
+      *reinterpret_cast<uint4*>(k_tile + t * kStride + column) = k;
+      *reinterpret_cast<uint4*>(v_tile + t * kStride + column) = v;
+    }
+    __syncthreads();
+
+    float weight[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) weight[h] = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < kVecs / 2; ++i) {
+      const int vec = 2 * i + half;
+      float x[kVec];
+      Unpack<kVec>(k_tile + token * kStride + vec * 16, T{}, x);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+        for (int j = 0; j < kVec; j += 4) {
+          const float4 y = *reinterpret_cast<const float4*>(q_warp + h * kHeadDim + vec * kVec + j);
+          weight[h] = fmaf(x[j], y.x, weight[h]);
+          weight[h] = fmaf(x[j + 1], y.y, weight[h]);
+          weight[h] = fmaf(x[j + 2], y.z, weight[h]);
+          weight[h] = fmaf(x[j + 3], y.w, weight[h]);
+        }
+      }
+    }
+    const bool attended = offsets[token] >= 0;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const float score = weight[h] + __shfl_xor_sync(kAllLanes, weight[h], 1);
+      float new_top = attended ? score : -CUDART_INF_F;
+#pragma unroll
+      for (int step = 2; step < 32; step *= 2) new_top = fmaxf(new_top, __shfl_xor_sync(kAllLanes, new_top, step));
+      new_top = fmaxf(new_top, top[h]);
+      const float safe_top = new_top == -CUDART_INF_F ? 0.0f : new_top;
+      const float decay = exp2f(top[h] - safe_top);
+      weight[h] = attended ? exp2f(score - safe_top) : 0.0f;
+      mass[h] = mass[h] * decay + (half == 0 ? weight[h] : 0.0f);
+      top[h] = new_top;
+#pragma unroll
+      for (int d = 0; d < kOwned; ++d) sum[h][d] *= decay;
+    }
+#pragma unroll 4
+    for (int t = 0; t < kTokensPerWarp; ++t) {
+      float x[kOwned];
+      Unpack<kOwned>(v_tile + (token_warp * kTokensPerWarp + t) * kStride + lane * (kOwned * sizeof(T)), T{}, x);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        const float w = __shfl_sync(kAllLanes, weight[h], 2 * t);
+#pragma unroll
+        for (int d = 0; d < kOwned; ++d) sum[h][d] = fmaf(w, x[d], sum[h][d]);
+      }
+    }
+  }
+
+  // The warps that share heads are merged in a fixed order.
+  __syncthreads();
+  float* const merge = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) mass[h] += __shfl_xor_sync(kAllLanes, mass[h], step);
+    float* const state = merge + (warp * kHeads + h) * (kHeadDim + 2);
+#pragma unroll
+    for (int d = 0; d < kOwned; ++d) state[lane * kOwned + d] = sum[h][d];
+    if (lane == 0) {
+      state[kHeadDim] = top[h];
+      state[kHeadDim + 1] = mass[h];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < group * kHeadDim; i += kDecodeThreads) {
+    const int h = i / kHeadDim;
+    const int d = i % kHeadDim;
+    const float* const state = merge + (h / kHeads * token_warps * kHeads + h % kHeads) * (kHeadDim + 2);
+    float all_top = -CUDART_INF_F;
+    for (int w = 0; w < token_warps; ++w) all_top = fmaxf(all_top, state[w * kHeads * (kHeadDim + 2) + kHeadDim]);
+    const float safe_top = all_top == -CUDART_INF_F ? 0.0f : all_top;
+    float all_mass = 0.0f, out = 0.0f;
+    for (int w = 0; w < token_warps; ++w) {
+      const float* const part = state + w * kHeads * (kHeadDim + 2);
+      const float factor = exp2f(part[kHeadDim] - safe_top);
+      all_mass = fmaf(part[kHeadDim + 1], factor, all_mass);
+      out = fmaf(part[d], factor, out);
+    }
+    p.partial_out[first_head * kHeadDim + i] = all_mass == 0.0f ? 0.0f : out / all_mass;
+    if (d == 0) p.partial_lse[first_head + h] = all_mass == 0.0f ? -CUDART_INF_F : safe_top + log2f(all_mass);
+  }
+}
+
+}  // namespace hot
+
+namespace {
+
+template <class T, int kHeadDim, int kHeads>
+int LaunchDecode(CUstream_st* stream, const PagedDecodeParams& params) {
+  void* arguments[] = {const_cast<PagedDecodeParams*>(&params)};
+  const dim3 grid(static_cast<unsigned>(params.max_items), static_cast<unsigned>(params.kv_heads));
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&hot::PagedDecode<T, kHeadDim, kHeads>), grid,
+                          dim3(kDecodeThreads), arguments, DecodeSharedBytes(sizeof(T), kHeadDim), stream);
+}
+
+template <class T, int kHeadDim, int kHeads>
+int SetSharedLimit() {
+  return cudaFuncSetAttribute(hot::PagedDecode<T, kHeadDim, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              DecodeSharedBytes(sizeof(T), kHeadDim));
+}
+
+}  // namespace
+
+template <class T, int kHeadDim>
+int PagedDecodeCuda(CUstream_st* stream, const PagedDecodeParams& params) {
+  const int group = params.q_heads / params.kv_heads;
+  if (group <= 1) return LaunchDecode<T, kHeadDim, 1>(stream, params);
+  if (group <= 2) return LaunchDecode<T, kHeadDim, 2>(stream, params);
+  if (group <= 4) return LaunchDecode<T, kHeadDim, 4>(stream, params);
+  return LaunchDecode<T, kHeadDim, 8>(stream, params);
+}
+
+template <class T, int kHeadDim>
+int PagedDecodePrepare() {
+  static_assert(DecodeSharedBytes(sizeof(T), kHeadDim) <= 227 * 1024, "a block of sm_90 has 227 KiB");
+  for (const int error : {SetSharedLimit<T, kHeadDim, 1>(), SetSharedLimit<T, kHeadDim, 2>(),
+                          SetSharedLimit<T, kHeadDim, 4>(), SetSharedLimit<T, kHeadDim, 8>()}) {
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template int PagedDecodeCuda<float, 64>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodeCuda<float, 128>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodeCuda<BFloat16, 64>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodeCuda<BFloat16, 128>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodePrepare<float, 64>();
+template int PagedDecodePrepare<float, 128>();
+template int PagedDecodePrepare<BFloat16, 64>();
+template int PagedDecodePrepare<BFloat16, 128>();
+
+}  // namespace pristine::attention

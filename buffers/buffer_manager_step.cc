@@ -1,0 +1,312 @@
+// What happens each step: BeginStep, Refill, BeforeReplay, and the runner's hooks.
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "buffers/manager_impl.h"
+#include "pristine/graph_runtime/launch.h"
+#include "pristine/graph_runtime/status.h"
+
+namespace pristine {
+
+using buffers::BufferState;
+using buffers::Chunk;
+using buffers::GraphEntry;
+using buffers::PrologueMode;
+
+absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  Impl& impl = *impl_;
+  if (extent.requests < 0 || extent.tokens < 0 || bucket.requests < 1 || bucket.tokens < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("a step of extent ", extent.ToString(), " in bucket ",
+                                                   bucket.ToString(), "; extents are at least 0, buckets at least 1"));
+  }
+  if (!extent.FitsIn(bucket)) {
+    return absl::OutOfRangeError(
+        absl::StrCat("extent ", extent.ToString(), " does not fit in bucket ", bucket.ToString()));
+  }
+  if (impl.ring == nullptr) {
+    return absl::FailedPreconditionError("nothing is sealed yet: capture a graph or call Seal() before the first step");
+  }
+  impl.TakeBackUnlaunchedStep();
+  impl.step_open = false;
+  PRISTINE_RETURN_IF_ERROR(impl.ring->Open(impl.next_sequence));
+  ++impl.step;
+  impl.step_open = true;
+  impl.step_bucket = bucket;
+  impl.step_extent = extent;
+  return absl::OkStatus();
+}
+
+absl::Status BufferManager::WaitForSlot() {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  if (impl_->ring == nullptr) return absl::OkStatus();
+  impl_->TakeBackUnlaunchedStep();
+  return impl_->ring->Wait(impl_->next_sequence);
+}
+
+absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::Span<const std::byte> values,
+                                        size_t size) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  Impl& impl = *impl_;
+  if (impl.Find(buffer) == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("there is no buffer ", buffer, "; ids are in [0, ", impl.buffers.size(), ")"));
+  }
+  BufferState& state = *impl.buffers[static_cast<size_t>(buffer)];
+  const std::string& name = state.spec.name;
+  const int64_t capacity = state.record.capacity;
+  if (state.spec.role != Role::kRefilled) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("buffer ", name, " is ", ToString(state.spec.role), "; only refilled buffers take values"));
+  }
+  if (static_cast<int64_t>(element_bytes) != state.record.element_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("buffer ", name, " has elements of ", state.record.element_bytes,
+                                                   " bytes; the refill's have ", element_bytes));
+  }
+  if (!impl.step_open) {
+    return absl::FailedPreconditionError(absl::StrCat("refill of ", name, ": no step is open; call BeginStep first"));
+  }
+  if (!buffers::UsedBy(state.spec, impl.step_bucket)) {
+    return absl::FailedPreconditionError(absl::StrCat("buffer ", name, " belongs to bucket ",
+                                                      state.spec.only_bucket->ToString(), "; the open step is for ",
+                                                      impl.step_bucket.ToString()));
+  }
+  if (static_cast<int64_t>(size) > capacity) {
+    return absl::OutOfRangeError(
+        absl::StrCat("refill of ", name, " with ", size, " elements; the buffer holds ", capacity));
+  }
+  const int64_t expected = state.spec.axis.Count(impl.step_extent, capacity);
+  if (state.spec.axis.unit != Axis::Unit::kPages && static_cast<int64_t>(size) != expected) {
+    return absl::InvalidArgumentError(absl::StrCat("refill of ", name, " with ", size, " elements; extent ",
+                                                   impl.step_extent.ToString(), " has ", expected));
+  }
+  PRISTINE_RETURN_IF_ERROR(impl.Stage(state, values, static_cast<int64_t>(size)));
+  if (!values.empty()) std::memcpy(state.values.data(), values.data(), values.size());
+  state.count = static_cast<int64_t>(size);
+  state.extent = impl.step_extent;
+  state.refilled = state.generation;
+  for (size_t i = 0; i < state.made_from.size(); ++i) {
+    state.made_from[i] = impl.Find(state.spec.derived_from[i])->refilled;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BufferManager::KeepBytes(int buffer) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  Impl& impl = *impl_;
+  if (impl.Find(buffer) == nullptr || impl.Find(buffer)->spec.role != Role::kRefilled) {
+    return absl::InvalidArgumentError(absl::StrCat("Keep of buffer ", buffer, " (\"", name(buffer),
+                                                   "\"); only refilled buffers have values to keep"));
+  }
+  BufferState& state = *impl.buffers[static_cast<size_t>(buffer)];
+  const std::string& its_name = state.spec.name;
+  if (!impl.step_open) {
+    return absl::FailedPreconditionError(absl::StrCat("Keep of ", its_name, ": no step is open; call BeginStep first"));
+  }
+  if (!buffers::UsedBy(state.spec, impl.step_bucket)) {
+    return absl::FailedPreconditionError(absl::StrCat("buffer ", its_name, " belongs to bucket ",
+                                                      state.spec.only_bucket->ToString(), "; the open step is for ",
+                                                      impl.step_bucket.ToString()));
+  }
+  if (state.count < 0) {
+    return absl::FailedPreconditionError(absl::StrCat("Keep of ", its_name, ", which was never refilled"));
+  }
+  if (state.extent != impl.step_extent) {
+    return absl::FailedPreconditionError(absl::StrCat("Keep of ", its_name, ": its values are for extent ",
+                                                      state.extent.ToString(), "; the open step has ",
+                                                      impl.step_extent.ToString()));
+  }
+  const size_t bytes = static_cast<size_t>(state.count * state.record.element_bytes);
+  return impl.Stage(state, absl::MakeConstSpan(state.values).first(bytes), state.count);
+}
+
+absl::Status BufferManager::Impl::Stage(BufferState& buffer, absl::Span<const std::byte> values, int64_t count) {
+  if (absl::Status put = ring->Put(buffer.record.refilled, values, count); !put.ok()) {
+    return absl::Status(put.code(), absl::StrCat("refill of ", buffer.spec.name, ": ",
+                                                 std::string(put.message().data(), put.message().size())));
+  }
+  ++buffer.generation;
+  buffer.step = step;
+  return absl::OkStatus();
+}
+
+// The launch that a step was armed for never happened (another hook refused it): the next step takes its number, so
+// that the device sees one step armed and not two.
+void BufferManager::Impl::TakeBackUnlaunchedStep() {
+  if (!awaiting_launch) return;
+  awaiting_launch = false;
+  --next_sequence;
+  --replays;
+}
+
+absl::Status BufferManager::Impl::CheckOrder(Stream& stream) {
+  if (last_stream == nullptr || last_stream == stream.native() || stream.capturing()) return absl::OkStatus();
+  PRISTINE_ASSIGN_OR_RETURN(const bool reached, replayed->IsReached());
+  const uint64_t consumed = reports->ReadBoard().consumed;
+  if (reached && consumed + 1 >= next_sequence) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("step ", next_sequence - 1, " still runs on another stream (the last that finished is ", consumed,
+                   "); one manager's replays follow each other, graphs that run at once need two managers"));
+}
+
+absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Extent& bucket, const Extent& extent) const {
+  if (!step_open) {
+    return absl::FailedPreconditionError(absl::StrCat("replay of ", bucket.ToString(), ": no step is open (", step,
+                                                      " were begun); call BeginStep and refill first"));
+  }
+  if (step_bucket != bucket || step_extent != extent) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("replay of bucket ", bucket.ToString(), " with extent ", extent.ToString(), ", but the open step ",
+                     step, " is for bucket ", step_bucket.ToString(), " with extent ", step_extent.ToString()));
+  }
+  for (int c = 0; c < entry.chunks; ++c) {
+    const Chunk& chunk = chunks[static_cast<size_t>(c)];
+    for (int i = 0; i < chunk.table.count; ++i) {
+      const BufferState& buffer = *buffers[static_cast<size_t>(chunk.first + i)];
+      if (buffer.spec.role != Role::kRefilled || !buffers::UsedBy(buffer.spec, bucket)) continue;
+      if (buffer.step != step) {
+        return absl::FailedPreconditionError(absl::StrCat("buffer ", buffer.spec.name, " was last refilled in step ",
+                                                          buffer.step, " (generation ", buffer.generation,
+                                                          "); this is step ", step, ": Refill or Keep it"));
+      }
+      for (size_t d = 0; d < buffer.made_from.size(); ++d) {
+        const BufferState& source = *Find(buffer.spec.derived_from[d]);
+        if (buffer.made_from[d] != source.refilled) {
+          return absl::FailedPreconditionError(absl::StrCat("buffer ", buffer.spec.name, " was made from ",
+                                                            source.spec.name, " generation ", buffer.made_from[d],
+                                                            ", which is now ", source.refilled));
+        }
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& extent) {
+  GraphEntry& entry = graphs[static_cast<size_t>(graph)];
+  if (stream.capturing()) {
+    return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
+  }
+  PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
+  PRISTINE_RETURN_IF_ERROR(CheckStep(entry, entry.bucket, extent));
+  buffers::SlotHeader header;
+  header.sequence = next_sequence;
+  header.bucket = entry.bucket;
+  header.extent = extent;
+  header.check = options.check == ManagerOptions::Check::kAlways ||
+                 (options.check == ManagerOptions::Check::kSampled &&
+                  next_sequence % static_cast<uint64_t>(options.sample_every) == 0);
+  PRISTINE_RETURN_IF_ERROR(ring->Send(stream, header));
+  entry.order = ++runs;
+  entry.replay = static_cast<int64_t>(next_sequence);
+  ++next_sequence;
+  ++replays;
+  step_open = false;
+  last_stream = stream.native();
+  return absl::OkStatus();
+}
+
+absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf("", bucket));
+  GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
+  // Nothing recorded: it arms an eager RecordPrologue, which covers all.
+  if (entry.chunks == 0) entry.chunks = static_cast<int>(impl_->chunks.size());
+  return impl_->Arm(stream, graph, extent);
+}
+
+absl::Status BufferManager::Impl::LaunchPrologue(Stream& stream, int graph) {
+  const GraphEntry& entry = graphs[static_cast<size_t>(graph)];
+  PRISTINE_RETURN_IF_ERROR(CheckCapacities(entry.bucket, entry.chunks));
+  buffers::PrologueParams params = Prologue(PrologueMode::kReplay, entry.bucket, entry.chunks, graph);
+  params.restore = options.restore == ManagerOptions::Restore::kGraphHead;
+  return Launch(stream, buffers::kPrologue, params);
+}
+
+absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  Impl& impl = *impl_;
+  const bool capturing = stream.capturing();
+  if (capturing) {
+    PRISTINE_ASSIGN_OR_RETURN(const bool at_head, stream.AtCaptureHead());
+    if (!at_head) {
+      return absl::FailedPreconditionError(absl::StrCat("prologue of bucket ", bucket.ToString(),
+                                                        ": the capture has nodes already; it must be the first"));
+    }
+    if (!impl.sealed()) {
+      return absl::FailedPreconditionError(absl::StrCat(impl.buffers.size() - static_cast<size_t>(impl.sealed_buffers),
+                                                        " buffers are not sealed, and sealing blocks: call Seal() "
+                                                        "before the capture begins"));
+    }
+  } else {
+    PRISTINE_RETURN_IF_ERROR(impl.Seal());
+  }
+  impl.current_graph = "";
+  PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf("", bucket));
+  GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
+  if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
+  return impl.LaunchPrologue(stream, graph);
+}
+
+absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  Impl& impl = *impl_;
+  PRISTINE_RETURN_IF_ERROR(impl.Seal());
+  PRISTINE_RETURN_IF_ERROR(impl.CheckCapacities(info.bucket, static_cast<int>(impl.chunks.size())));
+  PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf(info.graph, info.bucket));
+  GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
+  impl.current_graph = entry.graph;
+  entry.order = ++impl.runs;
+  entry.replay = 0;
+  return impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff);
+}
+
+absl::Status BufferManager::RecordPrologue(Stream& stream, const RunInfo& info) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
+  GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
+  entry.chunks_before = entry.chunks;
+  entry.chunks = static_cast<int>(impl_->chunks.size());
+  return impl_->LaunchPrologue(stream, graph);
+}
+
+void BufferManager::AfterCapture(const RunInfo& info, const absl::Status& outcome) {
+  const Impl::Call call(*impl_);
+  if (!call.entered() || outcome.ok()) return;
+  const absl::StatusOr<int> graph = impl_->EntryOf(info.graph, info.bucket);
+  if (!graph.ok()) return;
+  GraphEntry& entry = impl_->graphs[static_cast<size_t>(*graph)];
+  entry.chunks = entry.chunks_before;
+}
+
+absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  impl_->TakeBackUnlaunchedStep();
+  PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
+  PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, info.extent));
+  impl_->awaiting_launch = true;
+  return absl::OkStatus();
+}
+
+void BufferManager::AfterReplay(Stream& stream, const RunInfo&, const absl::Status& outcome) {
+  const Impl::Call call(*impl_);
+  if (!call.entered() || !impl_->awaiting_launch) return;
+  if (!outcome.ok()) {
+    impl_->TakeBackUnlaunchedStep();
+    return;
+  }
+  impl_->awaiting_launch = false;
+  stream.Record(*impl_->replayed).IgnoreError();  // a stream that failed says so at the next call
+}
+
+}  // namespace pristine

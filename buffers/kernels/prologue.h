@@ -1,0 +1,125 @@
+// The prologue: the one kernel at the head of each graph. It compares (where asked), restores originals, places the
+// step's values, pads the tails and validates; the last block to finish makes the replay harmless if anything was
+// wrong. POD only: the .cu file includes this.
+#ifndef PRISTINE_BUFFERS_KERNELS_PROLOGUE_H_
+#define PRISTINE_BUFFERS_KERNELS_PROLOGUE_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pristine/buffers/report.h"
+#include "pristine/graph_runtime/extent.h"
+#include "pristine/graph_runtime/kernel.h"
+
+namespace pristine::buffers {
+
+inline constexpr int kMaxChunks = 16;
+inline constexpr int64_t kTileBytes = 16 << 10;  // of one buffer: what one block handles at a time
+
+// What the kernel knows of a buffer. Rules are resolved to numbers when it is registered (rules.h).
+struct BufferRecord {
+  const std::byte* original = nullptr;
+  std::byte* live = nullptr;
+  int64_t capacity = 0;  // elements
+  int64_t first_tile = 0;
+  int64_t element_bytes = 0;
+  int32_t id = 0;
+  int32_t refilled = -1;  // place in a slot's entry table; -1: not kRefilled
+  int32_t role = 0;       // Role
+  int32_t unit = 0;       // Axis::Unit
+  int32_t per = 1;
+  int32_t only_requests = -1;  // only graphs of this bucket use the buffer; -1: all do
+  int32_t only_tokens = -1;
+  int32_t lower = 0;  // smallest and largest legal value; for an indptr `upper` bounds the last one
+  int32_t upper = 0;
+  int32_t pad = 0;        // what the padded tail holds; an indptr repeats its last real value instead
+  int32_t harmless = 0;   // what all of the bucket holds in a neutralised replay
+  bool integers = false;  // int32 with a rule; otherwise bytes, which are padded with and neutralised to 0
+  bool indptr = false;
+  bool tail_to_end = false;  // the padded tail goes on to the end of the array
+};
+
+struct ChunkTable {
+  const BufferRecord* records = nullptr;
+  int64_t tiles = 0;
+  int32_t count = 0;
+};
+
+// One staging slot: header, entry table, values.
+struct SlotHeader {
+  uint64_t sequence = 0;  // the step that armed it; 0: none yet
+  Extent bucket;
+  Extent extent;
+  uint32_t check = 0;  // compare constants and restored buffers with their originals
+  uint32_t unused[9] = {};
+};
+static_assert(sizeof(SlotHeader) == 64);
+struct SlotEntry {
+  int64_t offset = 0;  // of the values, from the start of the slot; 0: none
+  int64_t count = 0;   // elements
+};
+
+// Device memory that only prologues write.
+struct Control {
+  uint64_t consumed = 0;  // sequence of the last step that a graph took
+  uint64_t current = 0;   // the step whose body runs; 0: a capture or warm-up
+  uint64_t reports = 0;   // ReportRing::count
+  int32_t graph = -1;     // of the body that runs
+  uint32_t ticket = 0;    // blocks done
+  uint32_t changed = 0;   // a kRestored buffer was found changed
+  uint32_t flawed = 0;    // some entry of PrologueParams::first_bad is set
+  int64_t restored_bytes = 0;
+  int64_t expected_writes = 0;
+  int64_t healed = 0;
+  int64_t neutralised = 0;
+};
+
+// Host-visible copy, so that the host learns of it without a call.
+struct Board {
+  uint64_t consumed = 0;
+  int64_t restored_bytes = 0;
+  int64_t expected_writes = 0;
+  int64_t healed = 0;
+  int64_t neutralised = 0;
+};
+
+enum class PrologueMode : int32_t {
+  kReplay,           // the head of a graph
+  kRestoreAll,       // every buffer of the bucket = its original
+  kRestoreRestored,  // every kRestored buffer = its original
+};
+
+inline constexpr int64_t kNoIndex = INT64_MAX;
+
+struct PrologueParams {
+  ChunkTable chunks[kMaxChunks];
+  int32_t num_chunks = 0;
+  PrologueMode mode = PrologueMode::kReplay;
+  bool restore = true;  // whether kRestored buffers may be touched
+  bool poison_scratch = false;
+  bool neutralise = true;  // what a broken rule leads to, besides a report
+  bool trap = false;
+  Extent bucket;  // {-1, -1}: all buffers
+  const std::byte* slots = nullptr;
+  int64_t slot_stride = 0;
+  uint32_t num_slots = 0;
+  int32_t blocks = 1;          // of the CUDA launch
+  int64_t tiles = 0;           // of all chunks
+  int64_t restored_bytes = 0;  // in kRestored buffers of the bucket
+  Control* control = nullptr;
+  int64_t* first_bad = nullptr;  // by buffer id: first index that is wrong, or kNoIndex
+  Board* board = nullptr;
+  ReportRing ring;
+};
+
+int PrologueHost(const PrologueParams& params);
+int PrologueCuda(CUstream_st* stream, const PrologueParams& params);
+// Reads the chunks' tables, which on Host the caller may.
+void PrologueWrites(const PrologueParams& params, WriteList& writes);
+
+inline constexpr Kernel<PrologueParams> kPrologue = {"pristine_prologue", PrologueHost, PRISTINE_CUDA(PrologueCuda),
+                                                     PrologueWrites};
+
+}  // namespace pristine::buffers
+
+#endif  // PRISTINE_BUFFERS_KERNELS_PROLOGUE_H_

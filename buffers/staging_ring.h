@@ -1,0 +1,61 @@
+// StagingRing: where a step's values wait between Refill and the prologue that places them. A pinned slot per step in
+// flight, which the host fills, and a device slot for each, which a prologue reads.
+#ifndef PRISTINE_BUFFERS_STAGING_RING_H_
+#define PRISTINE_BUFFERS_STAGING_RING_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "buffers/kernels/prologue.h"
+#include "pristine/graph_runtime/device.h"
+#include "pristine/graph_runtime/stream.h"
+
+namespace pristine::buffers {
+
+class StagingRing {
+ public:
+  // `entries`: places in each slot's entry table. `value_bytes`: room for values in each slot.
+  static absl::StatusOr<std::unique_ptr<StagingRing>> Create(Device& device, int slots, int entries,
+                                                             size_t value_bytes);
+
+  // Empties the slot of step `sequence`. RESOURCE_EXHAUSTED: the copy out of it has not run yet.
+  absl::Status Open(uint64_t sequence);
+  // Blocks until Open(sequence) would find its slot.
+  absl::Status Wait(uint64_t sequence);
+  // Puts `values` into the open slot as entry `entry`; again for the same entry replaces them. RESOURCE_EXHAUSTED:
+  // full.
+  absl::Status Put(int entry, absl::Span<const std::byte> values, int64_t count);
+  // Queues the copy of the open slot to the device; the pinned slot is busy until it has run.
+  absl::Status Send(Stream& stream, const SlotHeader& header);
+
+  const std::byte* device_slots() const { return device_.As<std::byte>().address(); }
+  int64_t stride() const { return static_cast<int64_t>(stride_); }
+  uint32_t slots() const { return static_cast<uint32_t>(copied_.size()); }
+  int entries() const { return entries_; }
+
+  // What `bytes` of values occupy.
+  static size_t Footprint(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+ private:
+  StagingRing() = default;
+  Event& CopiedOf(uint64_t sequence) { return *copied_[sequence % copied_.size()]; }
+
+  PinnedBuffer pinned_;
+  DeviceBuffer device_;
+  std::vector<std::unique_ptr<Event>> copied_;  // per slot: the last copy out of it
+  std::vector<size_t> room_;                    // per entry: bytes it occupies in the open slot
+  size_t stride_ = 0;
+  int entries_ = 0;
+  uint64_t sequence_ = 0;  // of the open slot
+  std::byte* slot_ = nullptr;
+  size_t used_ = 0;
+};
+
+}  // namespace pristine::buffers
+
+#endif  // PRISTINE_BUFFERS_STAGING_RING_H_

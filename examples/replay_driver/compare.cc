@@ -1,0 +1,129 @@
+#include "examples/replay_driver/compare.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "examples/replay_driver/kv_hash.h"
+#include "pristine/graph_runtime/status.h"
+#include "tests/support/truth.h"
+
+namespace pristine::replay_driver {
+namespace {
+
+void CountMismatch(Comparison& comparison, const std::string& what) {
+  if (comparison.mismatches++ == 0) comparison.first = what;
+}
+
+double OutputElement(const ModelConfig& config, const std::vector<std::byte>& out, size_t index) {
+  if (config.dtype == attention::DType::kFloat32) {
+    float value;
+    std::memcpy(&value, out.data() + index * sizeof(value), sizeof(value));
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, out.data() + index * sizeof(bits), sizeof(bits));
+  return FromBFloat16(bits);
+}
+
+}  // namespace
+
+absl::StatusOr<Outputs> ReadOutputs(Stream& stream, const DecodeModel& model, const Extent& bucket) {
+  const ModelConfig& config = model.config();
+  Outputs outputs;
+  outputs.out.resize(config.layers);
+  outputs.lse.resize(config.layers);
+  for (int32_t layer = 0; layer < config.layers; ++layer) {
+    std::vector<std::byte>& out = outputs.out[layer];
+    std::vector<float>& lse = outputs.lse[layer];
+    out.resize(config.q_bytes(bucket.requests));
+    lse.resize(static_cast<size_t>(bucket.requests) * config.heads);
+    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(absl::MakeSpan(out), model.out(layer).Sub(0, out.size())));
+    PRISTINE_RETURN_IF_ERROR(
+        stream.CopyToHost(absl::MakeSpan(reinterpret_cast<std::byte*>(lse.data()), lse.size() * sizeof(float)),
+                          AsBytes(model.lse(layer).Sub(0, lse.size()))));
+  }
+  PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+  return outputs;
+}
+
+Comparison CompareSame(const ModelConfig& config, const StepInputs& inputs, const Outputs& replayed,
+                       const Outputs& eager) {
+  Comparison comparison;
+  const size_t row_bytes = config.q_bytes(1);
+  const std::vector<std::byte> zeros(row_bytes);
+  const std::vector<float> empty(config.heads, -std::numeric_limits<float>::infinity());
+  const size_t lse_bytes = empty.size() * sizeof(float);
+  for (int32_t layer = 0; layer < config.layers; ++layer) {
+    for (int32_t row = 0; row < inputs.bucket.requests; ++row) {
+      const std::byte* out = replayed.out[layer].data() + row * row_bytes;
+      const float* lse = replayed.lse[layer].data() + row * config.heads;
+      ++comparison.rows;
+      if (std::memcmp(out, eager.out[layer].data() + row * row_bytes, row_bytes) != 0 ||
+          std::memcmp(lse, eager.lse[layer].data() + row * config.heads, lse_bytes) != 0) {
+        CountMismatch(comparison,
+                      absl::StrCat("row ", row, " of layer ", layer,
+                                   " differs from an eager run of the same step in bucket ", inputs.bucket.ToString()));
+      } else if (row >= inputs.extent.requests &&
+                 (std::memcmp(out, zeros.data(), row_bytes) != 0 || std::memcmp(lse, empty.data(), lse_bytes) != 0)) {
+        CountMismatch(comparison,
+                      absl::StrCat("padded row ", row, " of layer ", layer,
+                                   " is not zeros with an LSE of -inf in bucket ", inputs.bucket.ToString()));
+      }
+    }
+  }
+  return comparison;
+}
+
+Comparison CompareTruth(const ModelConfig& config, const StepInputs& inputs, const Outputs& replayed, int32_t rows,
+                        int64_t draw) {
+  const testing::TruthModel model = {.seed = config.seed,
+                                     .heads = config.heads,
+                                     .kv_heads = config.kv_heads,
+                                     .head_dim = config.head_dim,
+                                     .dtype = config.dtype,
+                                     .groups = config.sparse.groups,
+                                     .block = config.sparse.block,
+                                     .topk = config.sparse.topk,
+                                     .dense_len = config.sparse.dense_len,
+                                     .window = config.window};
+  const double tolerance = testing::RmsTolerance(config.dtype);
+  const int64_t triples = int64_t{inputs.extent.requests} * config.layers * config.heads;
+  const uint64_t key = Combine(config.seed, static_cast<uint64_t>(draw));
+  int64_t needed = std::min<int64_t>(rows, triples);
+  Comparison comparison;
+  // Each triple in turn is taken with probability needed / left, which draws every subset equally often.
+  for (int64_t triple = 0; needed > 0; ++triple) {
+    const uint64_t left = static_cast<uint64_t>(triples - triple);
+    if (Combine(key, static_cast<uint64_t>(triple)) % left >= static_cast<uint64_t>(needed)) continue;
+    --needed;
+    const int32_t head = static_cast<int32_t>(triple % config.heads);
+    const int32_t layer = static_cast<int32_t>(triple / config.heads % config.layers);
+    const int32_t row = static_cast<int32_t>(triple / config.heads / config.layers);
+    const testing::TruthRow truth = testing::DenseAttention(
+        model, config.is_sparse(layer) ? testing::TruthLayer::kSparse : testing::TruthLayer::kWindow,
+        inputs.requests[row], layer, inputs.lengths[row], head);
+    const size_t head_row = static_cast<size_t>(row) * config.heads + head;
+    std::vector<double> actual(config.head_dim);
+    for (int32_t dim = 0; dim < config.head_dim; ++dim) {
+      actual[dim] = OutputElement(config, replayed.out[layer], head_row * config.head_dim + dim);
+    }
+    const double rms = testing::RelativeRms(truth.out, actual);
+    const double lse_error = std::abs(replayed.lse[layer][head_row] - truth.lse);
+    ++comparison.rows;
+    comparison.max_rel_rms =
+        std::max(comparison.max_rel_rms, std::isfinite(rms) ? rms : std::numeric_limits<double>::infinity());
+    // Written so that NaN is a mismatch.
+    if (!(rms <= tolerance) || !(lse_error <= testing::kLseTolerance)) {
+      CountMismatch(comparison,
+                    absl::StrCat("request ", inputs.requests[row], " of ", inputs.lengths[row], " tokens, layer ",
+                                 layer, ", head ", head, ": relative RMS ", rms, " (at most ", tolerance,
+                                 "), LSE off by ", lse_error, " (at most ", testing::kLseTolerance, ")"));
+    }
+  }
+  return comparison;
+}
+
+}  // namespace pristine::replay_driver

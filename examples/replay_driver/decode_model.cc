@@ -1,0 +1,206 @@
+#include "examples/replay_driver/decode_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "examples/replay_driver/model_kernels.h"
+#include "pristine/attention/append_kv.h"
+#include "pristine/graph_runtime/launch.h"
+#include "pristine/graph_runtime/status.h"
+
+namespace pristine::replay_driver {
+
+absl::StatusOr<std::unique_ptr<DecodeModel>> DecodeModel::Create(Device& device, const ModelConfig& config,
+                                                                 const KvPool& pool, const ManagerOptions& options) {
+  std::unique_ptr<DecodeModel> model(new DecodeModel(config, pool));
+  PRISTINE_ASSIGN_OR_RETURN(model->manager_, BufferManager::Create(device, options));
+  PRISTINE_RETURN_IF_ERROR(model->RegisterAll());
+  PRISTINE_RETURN_IF_ERROR(model->AllocateTensors(device));
+  PRISTINE_RETURN_IF_ERROR(model->manager_->Seal());
+  return model;
+}
+
+absl::Status DecodeModel::RegisterAll() {
+  const int32_t max_batch = config_.max_batch();
+  const int32_t bound = attention::SparseRowBound(config_.sparse);
+  const int32_t worst_pages = (bound - 1) / config_.page_size + 1;
+  const int32_t max_length = std::max(config_.pool_pages * config_.page_size, bound);
+
+  attention::StepMetadataConfig metadata;
+  metadata.max_requests = max_batch;
+  metadata.max_tokens = max_batch;
+  metadata.page_size = config_.page_size;
+  metadata.num_pages = config_.pool_pages + 1;
+  metadata.max_step_pages = std::max(config_.pool_pages, max_batch * worst_pages);
+  metadata.max_length = max_length;
+  metadata.worst_length = bound;
+  PRISTINE_ASSIGN_OR_RETURN(metadata_, attention::StepMetadata::Create(*manager_, metadata));
+
+  // A request's id selects what it computes with, as a state slot would: padding is -1.
+  BufferSpec requests;
+  requests.name = "request_ids";
+  requests.role = Role::kRefilled;
+  requests.kind = Kind::kSlot;
+  requests.axis = Axis::Requests();
+  PRISTINE_ASSIGN_OR_RETURN(
+      requests_, manager_->Register<int32_t>(requests, std::vector<int32_t>(static_cast<size_t>(max_batch), -1)));
+
+  PRISTINE_ASSIGN_OR_RETURN(sparse_, attention::SparsePageTable::Create(*manager_, *metadata_, config_.sparse));
+  for (int32_t layer = 0; config_.is_sparse(layer); ++layer) {
+    PRISTINE_ASSIGN_OR_RETURN(tables_.emplace_back(),
+                              sparse_->RegisterTable(absl::StrCat("sparse_blocks.layer", layer)));
+  }
+
+  attention::DecodePlanConfig plan;
+  plan.name = "sparse_plan";
+  plan.buckets = config_.buckets;
+  plan.rows_per_request = config_.sparse.groups;
+  plan.q_heads = config_.heads / config_.sparse.groups;
+  plan.kv_heads = config_.kv_heads / config_.sparse.groups;
+  plan.head_dim = config_.head_dim;
+  plan.dtype = config_.dtype;
+  plan.page_size = 1;
+  plan.max_row_tokens = bound;
+  plan.derived_from = {metadata_->lengths().id};
+  PRISTINE_ASSIGN_OR_RETURN(sparse_plan_, attention::DecodePlan::Create(*manager_, plan));
+
+  plan.name = "window_plan";
+  plan.rows_per_request = 1;
+  plan.q_heads = config_.heads;
+  plan.kv_heads = config_.kv_heads;
+  plan.page_size = config_.page_size;
+  plan.window = config_.window;
+  plan.max_row_tokens = max_length;
+  plan.worst_row_tokens = bound;
+  PRISTINE_ASSIGN_OR_RETURN(window_plan_, attention::DecodePlan::Create(*manager_, plan));
+
+  const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  PRISTINE_ASSIGN_OR_RETURN(sparse_decode_, attention::PagedDecode::Create(*sparse_plan_, scale));
+  PRISTINE_ASSIGN_OR_RETURN(window_decode_, attention::PagedDecode::Create(*window_plan_, scale));
+  return absl::OkStatus();
+}
+
+absl::Status DecodeModel::ProtectPool() {
+  for (int32_t layer = 0; layer < config_.layers; ++layer) {
+    const size_t element = attention::SizeOf(config_.dtype);
+    PRISTINE_RETURN_IF_ERROR(manager_->Protect(absl::StrCat("kv_pool.k", layer), pool_.k(layer), element));
+    PRISTINE_RETURN_IF_ERROR(manager_->Protect(absl::StrCat("kv_pool.v", layer), pool_.v(layer), element));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeModel::AllocateTensors(Device& device) {
+  const int32_t rows = config_.max_batch();
+  const size_t kv_bytes = config_.q_bytes(rows) / config_.heads * config_.kv_heads;
+  PRISTINE_ASSIGN_OR_RETURN(q_, device.Allocate(config_.q_bytes(rows), "q"));
+  PRISTINE_ASSIGN_OR_RETURN(k_new_, device.Allocate(kv_bytes, "k_new"));
+  PRISTINE_ASSIGN_OR_RETURN(v_new_, device.Allocate(kv_bytes, "v_new"));
+  for (int32_t layer = 0; layer < config_.layers; ++layer) {
+    Output& output = outputs_.emplace_back();
+    PRISTINE_ASSIGN_OR_RETURN(output.out, device.Allocate(config_.q_bytes(rows), "out"));
+    PRISTINE_ASSIGN_OR_RETURN(output.lse, device.Allocate(sizeof(attention::LseBase2) * rows * config_.heads, "lse"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeModel::Begin(const StepInputs& inputs) {
+  absl::Status begun = manager_->BeginStep(inputs.bucket, inputs.extent);
+  if (absl::IsResourceExhausted(begun)) {
+    PRISTINE_RETURN_IF_ERROR(manager_->WaitForSlot());
+    begun = manager_->BeginStep(inputs.bucket, inputs.extent);
+  }
+  PRISTINE_RETURN_IF_ERROR(begun);
+  PRISTINE_RETURN_IF_ERROR(metadata_->Refill({.lengths = inputs.lengths,
+                                              .kv_indptr = inputs.kv_indptr,
+                                              .kv_indices = inputs.kv_indices,
+                                              .slots = inputs.slots,
+                                              .positions = inputs.positions}));
+  PRISTINE_RETURN_IF_ERROR(manager_->Refill<int32_t>(requests_, inputs.requests));
+  for (size_t layer = 0; layer < tables_.size(); ++layer) {
+    PRISTINE_RETURN_IF_ERROR(manager_->Refill<int32_t>(tables_[layer], inputs.tables[layer]));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeModel::PlanSparse(const StepInputs& inputs) {
+  return sparse_plan_->Plan(inputs.bucket, inputs.plan_lengths);
+}
+
+absl::Status DecodeModel::FinishPlans(const StepInputs& inputs) {
+  PRISTINE_RETURN_IF_ERROR(window_plan_->Plan(inputs.bucket, inputs.lengths));
+  return sparse_->Refill(inputs.plan_lengths);
+}
+
+absl::Status DecodeModel::Body(Stream& stream, const Extent& bucket) {
+  for (int32_t layer = 0; layer < config_.layers; ++layer) {
+    const ModelInputsParams params = {.seed = config_.seed,
+                                      .layer = layer,
+                                      .rows = bucket.requests,
+                                      .heads = config_.heads,
+                                      .kv_heads = config_.kv_heads,
+                                      .head_dim = config_.head_dim,
+                                      .dtype = config_.dtype,
+                                      .requests = requests_.live.address(),
+                                      .positions = metadata_->positions().live.address(),
+                                      .q = q_.As<std::byte>().address(),
+                                      .k_new = k_new_.As<std::byte>().address(),
+                                      .v_new = v_new_.As<std::byte>().address()};
+    PRISTINE_RETURN_IF_ERROR(Launch(stream, kModelInputs, params));
+
+    attention::AppendKvTensors append;
+    append.dtype = config_.dtype;
+    append.kv_heads = config_.kv_heads;
+    append.head_dim = config_.head_dim;
+    append.k_new = k_new_.As<const std::byte>();
+    append.v_new = v_new_.As<const std::byte>();
+    append.slots = metadata_->slots().live;
+    append.k = pool_.k(layer);
+    append.v = pool_.v(layer);
+    PRISTINE_RETURN_IF_ERROR(attention::AppendKv(stream, bucket.tokens, append));
+
+    attention::DecodeTensors decode;
+    decode.q = q_.As<const std::byte>();
+    decode.k = pool_.k(layer);
+    decode.v = pool_.v(layer);
+    decode.out = out(layer);
+    decode.lse = lse(layer);
+    if (config_.is_sparse(layer)) {
+      PRISTINE_RETURN_IF_ERROR(sparse_->Run(stream, bucket, tables_[layer]));
+      // [slots, kv_heads, head_dim] is [slots * groups, kv_heads / groups, head_dim]: pages of one token.
+      decode.kv_indptr = sparse_->kv_indptr_ws().live;
+      decode.kv_indices = sparse_->kv_indices().live;
+      PRISTINE_RETURN_IF_ERROR(sparse_decode_->Run(stream, bucket, decode));
+    } else {
+      decode.kv_indptr = metadata_->kv_indptr().live;
+      decode.kv_indices = metadata_->kv_indices().live;
+      decode.lengths = metadata_->lengths().live;
+      PRISTINE_RETURN_IF_ERROR(window_decode_->Run(stream, bucket, decode));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeModel::RunEagerly(Stream& stream, const StepInputs& inputs, ManagerOptions::Restore restore) {
+  PRISTINE_RETURN_IF_ERROR(Begin(inputs));
+  PRISTINE_RETURN_IF_ERROR(PlanSparse(inputs));
+  PRISTINE_RETURN_IF_ERROR(FinishPlans(inputs));
+  if (restore == ManagerOptions::Restore::kStream) {
+    PRISTINE_RETURN_IF_ERROR(manager_->Restore(stream));
+  }
+  PRISTINE_RETURN_IF_ERROR(manager_->BeforeReplay(stream, inputs.bucket, inputs.extent));
+  PRISTINE_RETURN_IF_ERROR(manager_->RecordPrologue(stream, inputs.bucket));
+  return Body(stream, inputs.bucket);
+}
+
+absl::Status DecodeModel::ReadLiveIndptr(Stream& stream, int32_t last, std::vector<int32_t>& values) const {
+  values.resize(static_cast<size_t>(last) + 1);
+  const DeviceSpan<int32_t> live = kv_indptr_ws().live.Sub(0, values.size());
+  PRISTINE_RETURN_IF_ERROR(
+      stream.CopyToHost(absl::MakeSpan(reinterpret_cast<std::byte*>(values.data()), live.bytes()), AsBytes(live)));
+  return stream.Synchronize();
+}
+
+}  // namespace pristine::replay_driver

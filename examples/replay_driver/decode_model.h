@@ -1,0 +1,82 @@
+// DecodeModel: the decode step that is captured: per layer append, sparse conversion, decode. Holds a manager, what is
+// registered with it, and outputs of its own, so that a second one (the shadow) can run the same step eagerly over
+// fresh copies of everything but the KV pool.
+#ifndef PRISTINE_EXAMPLES_REPLAY_DRIVER_DECODE_MODEL_H_
+#define PRISTINE_EXAMPLES_REPLAY_DRIVER_DECODE_MODEL_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "examples/replay_driver/kv_pool.h"
+#include "examples/replay_driver/model_config.h"
+#include "examples/replay_driver/step_inputs.h"
+#include "pristine/attention/decode_plan.h"
+#include "pristine/attention/paged_decode.h"
+#include "pristine/attention/sparse_page_table.h"
+#include "pristine/attention/step_metadata.h"
+#include "pristine/buffers/buffer_manager.h"
+#include "pristine/graph_runtime/device.h"
+#include "pristine/graph_runtime/stream.h"
+
+namespace pristine::replay_driver {
+
+class DecodeModel {
+ public:
+  // `device` and `pool` must outlive this.
+  static absl::StatusOr<std::unique_ptr<DecodeModel>> Create(Device& device, const ModelConfig& config,
+                                                             const KvPool& pool, const ManagerOptions& options);
+
+  // Has the manager watch the pool for undeclared writes.
+  absl::Status ProtectPool();
+
+  // Opens the step and refills everything that is not planned. Blocks while every staging slot is in flight.
+  absl::Status Begin(const StepInputs& inputs);
+  // Plans the sparse layers from inputs.plan_lengths, alone, so that a refusal is the planner's. INVALID_ARGUMENT: a
+  // decrease.
+  absl::Status PlanSparse(const StepInputs& inputs);
+  // What remains before a replay: the window plan, and kv_indptr from plan_lengths.
+  absl::Status FinishPlans(const StepInputs& inputs);
+
+  // What a GraphRunner captures.
+  absl::Status Body(Stream& stream, const Extent& bucket);
+  // The whole step on `stream`, node by node, without a graph.
+  absl::Status RunEagerly(Stream& stream, const StepInputs& inputs, ManagerOptions::Restore restore);
+
+  // Reads kv_indptr_ws back at 0 … last. Blocks.
+  absl::Status ReadLiveIndptr(Stream& stream, int32_t last, std::vector<int32_t>& values) const;
+
+  BufferManager& manager() { return *manager_; }
+  const ModelConfig& config() const { return config_; }
+  const Buffer<int32_t>& kv_indptr_ws() const { return sparse_->kv_indptr_ws(); }
+  DeviceSpan<std::byte> out(int32_t layer) const { return outputs_[layer].out.As<std::byte>(); }
+  DeviceSpan<attention::LseBase2> lse(int32_t layer) const { return outputs_[layer].lse.As<attention::LseBase2>(); }
+
+ private:
+  struct Output {
+    DeviceBuffer out;  // [max batch, heads, head_dim]
+    DeviceBuffer lse;  // [max batch, heads]
+  };
+  DecodeModel(const ModelConfig& config, const KvPool& pool) : config_(config), pool_(pool) {}
+  absl::Status RegisterAll();
+  absl::Status AllocateTensors(Device& device);
+
+  const ModelConfig config_;
+  const KvPool& pool_;
+  std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<attention::StepMetadata> metadata_;
+  std::unique_ptr<attention::SparsePageTable> sparse_;
+  std::unique_ptr<attention::DecodePlan> sparse_plan_, window_plan_;
+  std::unique_ptr<attention::PagedDecode> sparse_decode_, window_decode_;
+  Buffer<int32_t> requests_;
+  std::vector<Buffer<int32_t>> tables_;  // per sparse layer
+  DeviceBuffer q_, k_new_, v_new_;       // of the layer that runs
+  std::vector<Output> outputs_;          // per layer
+};
+
+}  // namespace pristine::replay_driver
+
+#endif  // PRISTINE_EXAMPLES_REPLAY_DRIVER_DECODE_MODEL_H_

@@ -1,0 +1,271 @@
+#include "examples/replay_driver/options.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <functional>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "pristine/attention/sparse_page_table.h"
+#include "pristine/graph_runtime/status.h"
+
+namespace pristine::replay_driver {
+namespace {
+
+struct OptionSpec {
+  const char* name;
+  const char* value;  // how --help shows it; "" for a switch
+  const char* text;
+  std::function<absl::Status(const std::string& value, Options&)> set;
+};
+
+absl::Status Refuse(const char* name, const std::string& value, const std::string& accepted) {
+  return absl::InvalidArgumentError(absl::StrCat("--", name, "=", value, ": expected ", accepted));
+}
+
+template <class T>
+OptionSpec Number(const char* name, const char* value, const char* text, T Options::*member, int64_t least,
+                  int64_t most) {
+  return {name, value, text, [=](const std::string& given, Options& options) {
+            int64_t number = 0;
+            if (!absl::SimpleAtoi(given, &number) || number < least || number > most) {
+              return Refuse(name, given, absl::StrCat("an integer in [", least, ", ", most, "]"));
+            }
+            options.*member = static_cast<T>(number);
+            return absl::OkStatus();
+          }};
+}
+
+template <class T>
+OptionSpec Choice(const char* name, const char* value, const char* text, T Options::*member,
+                  std::vector<std::pair<const char*, T>> choices) {
+  return {name, value, text, [=](const std::string& given, Options& options) {
+            std::string names;
+            for (const auto& [choice, meaning] : choices) {
+              if (given == choice) {
+                options.*member = meaning;
+                return absl::OkStatus();
+              }
+              absl::StrAppend(&names, names.empty() ? "" : ", ", choice);
+            }
+            return Refuse(name, given, absl::StrCat("one of ", names));
+          }};
+}
+
+OptionSpec Text(const char* name, const char* value, const char* text, std::string Options::*member) {
+  return {name, value, text, [=](const std::string& given, Options& options) {
+            if (given.empty()) return Refuse(name, given, value);
+            options.*member = given;
+            return absl::OkStatus();
+          }};
+}
+
+absl::Status SetDevice(const std::string& given, Options& options) {
+  if (given == "auto" || given == "host") {
+    options.device = given == "auto" ? DeviceChoice::kAuto : DeviceChoice::kHost;
+    return absl::OkStatus();
+  }
+  int32_t ordinal = 0;
+  const bool numbered = given.rfind("cuda:", 0) == 0;
+  if (given != "cuda" && !(numbered && absl::SimpleAtoi(given.substr(5), &ordinal) && ordinal >= 0)) {
+    return Refuse("device", given, "auto, host, cuda or cuda:N");
+  }
+  options.device = DeviceChoice::kCuda;
+  options.cuda_ordinal = ordinal;
+  return absl::OkStatus();
+}
+
+absl::Status SetBuckets(const std::string& given, Options& options) {
+  const char* accepted = "requests per bucket, ascending, such as 1,2,4,8";
+  options.buckets.clear();
+  const std::vector<std::string> parts = absl::StrSplit(given, ',');
+  for (const std::string& part : parts) {
+    int32_t bucket = 0;
+    if (!absl::SimpleAtoi(part, &bucket) || bucket < 1 ||
+        (!options.buckets.empty() && bucket <= options.buckets.back())) {
+      return Refuse("buckets", given, accepted);
+    }
+    options.buckets.push_back(bucket);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SetSeed(const std::string& given, Options& options) {
+  if (!absl::SimpleAtoi(given, &options.seed)) return Refuse("seed", given, "an integer in [0, 2^64)");
+  return absl::OkStatus();
+}
+
+// Only one format exists; the option is there so that a file without an extension can say what it is.
+absl::Status SetFormat(const std::string& given, Options&) {
+  return given == "azure-csv" ? absl::OkStatus() : Refuse("format", given, "azure-csv");
+}
+
+std::vector<OptionSpec> Specs() {
+  using Check = ManagerOptions::Check;
+  using Restore = ManagerOptions::Restore;
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  return {
+      {"device", "auto|host|cuda[:N]", "where to run; auto: a GPU if there is one, else Host (auto)", SetDevice},
+      Text("trace", "synthetic|FILE", "the requests: made up from --seed, or read (synthetic)", &Options::trace),
+      {"format", "azure-csv", "of the trace file (by its extension: .csv)", SetFormat},
+      Number("steps", "N", "stop after so many steps (synthetic: 1500; a file: its end)", &Options::steps, 1,
+             int64_t{1} << 40),
+      Number("repeat", "N", "run the requests N times, with the same graphs (1)", &Options::repeat, 1, 1000000),
+      Number("step-ms", "N", "virtual time of a step (30)", &Options::step_ms, 1, 60000),
+      Number("max-batch", "N", "most requests at a time (32)", &Options::max_batch, 1, 4096),
+      {"buckets", "LIST", "batch sizes to capture (powers of two below max-batch, and max-batch)", SetBuckets},
+      Choice("dtype", "float32|bfloat16", "of Q, K, V and outputs (float32)", &Options::dtype,
+             {{"float32", attention::DType::kFloat32}, {"bfloat16", attention::DType::kBFloat16}}),
+      Number("heads", "N", "query heads (4)", &Options::heads, 1, 1024),
+      Number("kv-heads", "N", "KV heads (2)", &Options::kv_heads, 1, 1024),
+      Number("head-dim", "64|128", "of every head (64)", &Options::head_dim, 1, 1024),
+      Number("page-size", "N", "tokens of a page (1)", &Options::page_size, 1, 65536),
+      Number("kv-tokens", "N", "tokens of the KV pool (131072)", &Options::kv_tokens, 1, int64_t{1} << 28),
+      Number("layers", "N", "attention layers; the last one is sliding window, the others sparse (2)", &Options::layers,
+             2, 1000),
+      Number("window", "N", "tokens of the sliding window (512)", &Options::window, 1, kMax),
+      Number("sparse-block", "N", "tokens of a selected block (64)", &Options::sparse_block, 1, 65536),
+      Number("topk-blocks", "N", "blocks that a long request attends; K = sparse-block * topk-blocks (96)",
+             &Options::topk_blocks, 1, 65536),
+      Number("kv-groups", "N", "KV-head groups, each a row of its own in sparse layers (2)", &Options::kv_groups, 1,
+             1024),
+      Number("dense-len", "N", "requests shorter than this attend everything (0)", &Options::dense_len, 0, 1 << 28),
+      Choice("plan-from", "lengths|live",
+             "live repeats the engine's mistake: plan from the buffer that the graph overwrites (lengths)",
+             &Options::plan_from, {{"lengths", PlanFrom::kLengths}, {"live", PlanFrom::kLive}}),
+      Choice("restore", "graph|stream|off", "when kv_indptr_ws gets its original back (graph)", &Options::restore,
+             {{"graph", Restore::kGraphHead}, {"stream", Restore::kStream}, {"off", Restore::kOff}}),
+      Choice("check", "off|sampled|always", "compare buffers with originals; always: Host enforces accesses (sampled)",
+             &Options::check, {{"off", Check::kOff}, {"sampled", Check::kSampled}, {"always", Check::kAlways}}),
+      Number("compare-eager", "N", "compare with an eager run and the float64 truth every N replays; 0: never (100)",
+             &Options::compare_eager, 0, int64_t{1} << 40),
+      Number("compare-rows", "N", "(request, layer, head) triples compared with the truth (64)", &Options::compare_rows,
+             0, 1 << 20),
+      {"seed", "N", "of the requests, of all K, V, Q and of the samples (1)", SetSeed},
+      Text("report", "FILE.json", "write a report, whatever the outcome", &Options::report),
+      {"quiet", "", "print errors only",
+       [](const std::string&, Options& options) {
+         options.quiet = true;
+         return absl::OkStatus();
+       }},
+      {"help", "", "print this",
+       [](const std::string&, Options& options) {
+         options.help = true;
+         return absl::OkStatus();
+       }},
+  };
+}
+
+absl::Status CheckTogether(const Options& o, bool format_given) {
+  if (!o.synthetic() && !format_given && (o.trace.size() < 4 || o.trace.substr(o.trace.size() - 4) != ".csv")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--trace=", o.trace, ": the extension names no format; expected .csv, or --format=azure-csv"));
+  }
+  // Four arrivals a second: a bound on what the generator makes.
+  if (o.synthetic() && o.step_limit() > int64_t{10'000'000'000} / o.step_ms) {
+    return absl::InvalidArgumentError(absl::StrCat("--steps=", o.steps, " of --step-ms=", o.step_ms,
+                                                   ": expected at most 10^10 ms of a synthetic trace"));
+  }
+  if (o.buckets.back() != o.max_batch) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--buckets ends with ", o.buckets.back(), ": expected --max-batch, which is ", o.max_batch));
+  }
+  if (o.heads % o.kv_heads != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--heads=", o.heads, ": expected a multiple of --kv-heads, which is ", o.kv_heads));
+  }
+  if (o.kv_heads % o.kv_groups != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--kv-groups=", o.kv_groups, ": expected a divisor of --kv-heads, which is ", o.kv_heads));
+  }
+  if (o.head_dim != 64 && o.head_dim != 128) {
+    return absl::InvalidArgumentError(absl::StrCat("--head-dim=", o.head_dim, ": expected 64 or 128"));
+  }
+  if (o.kv_tokens < o.page_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--kv-tokens=", o.kv_tokens, ": expected at least one page, which is ", o.page_size, " tokens"));
+  }
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  const int64_t bound = std::max<int64_t>(o.dense_len - 1, int64_t{o.sparse_block} * o.topk_blocks);
+  if (bound > kMax / o.max_batch / o.kv_groups) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "rows of ", bound, " tokens (--sparse-block, --topk-blocks, --dense-len) for --max-batch=", o.max_batch,
+        " requests in --kv-groups=", o.kv_groups, ": expected a product that fits in 31 bits"));
+  }
+  if (int64_t{o.kv_tokens} + 2 * int64_t{o.page_size} > kMax / o.kv_groups) {
+    return absl::InvalidArgumentError(absl::StrCat("--kv-tokens=", o.kv_tokens, " in --kv-groups=", o.kv_groups,
+                                                   ": expected a product that fits in 31 bits"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<Options> ParseOptions(absl::Span<const std::string> args) {
+  const std::vector<OptionSpec> specs = Specs();
+  Options options;
+  bool format_given = false;
+  for (const std::string& arg : args) {
+    if (arg.rfind("--", 0) != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("'", arg, "': expected an option --name=value; --help lists them"));
+    }
+    const size_t equals = arg.find('=');
+    const std::string name = arg.substr(2, equals == std::string::npos ? std::string::npos : equals - 2);
+    const auto spec =
+        std::find_if(specs.begin(), specs.end(), [&](const OptionSpec& candidate) { return candidate.name == name; });
+    if (spec == specs.end()) {
+      return absl::InvalidArgumentError(absl::StrCat("--", name, ": no such option; --help lists them"));
+    }
+    const bool is_switch = *spec->value == '\0';
+    if (is_switch != (equals == std::string::npos)) {
+      return absl::InvalidArgumentError(is_switch ? absl::StrCat(arg, ": expected --", name, " without a value")
+                                                  : absl::StrCat(arg, ": expected --", name, "=", spec->value));
+    }
+    PRISTINE_RETURN_IF_ERROR(spec->set(is_switch ? "" : arg.substr(equals + 1), options));
+    format_given = format_given || name == "format";
+  }
+  if (options.help) return options;
+  if (options.buckets.empty()) {
+    for (int32_t bucket = 1; bucket < options.max_batch; bucket *= 2) options.buckets.push_back(bucket);
+    options.buckets.push_back(options.max_batch);
+  }
+  PRISTINE_RETURN_IF_ERROR(CheckTogether(options, format_given));
+  return options;
+}
+
+std::string HelpText() {
+  std::string text =
+      "replay_driver: continuous batching over a trace, one captured graph per step, checked against an eager run and\n"
+      "a float64 truth.\n\n";
+  for (const OptionSpec& spec : Specs()) {
+    std::string left = absl::StrCat("  --", spec.name, *spec.value == '\0' ? "" : "=", spec.value);
+    left.resize(std::max<size_t>(left.size() + 2, 33), ' ');
+    absl::StrAppend(&text, left, spec.text, "\n");
+  }
+  absl::StrAppend(
+      &text,
+      "\nus_per_replay is the wall time from the replay call until the stream is idle; every step is waited for,\n"
+      "as an engine must before it has the next step's tokens.\n"
+      "Exit codes: 0 ok, 1 usage, 2 input, 3 violation, 4 mismatch, 5 device, 6 internal.\n");
+  return text;
+}
+
+const char* ToString(PlanFrom plan_from) { return plan_from == PlanFrom::kLive ? "live" : "lengths"; }
+
+const char* ToString(ManagerOptions::Restore restore) {
+  switch (restore) {
+    case ManagerOptions::Restore::kGraphHead:
+      return "graph";
+    case ManagerOptions::Restore::kStream:
+      return "stream";
+    case ManagerOptions::Restore::kOff:
+      break;
+  }
+  return "off";
+}
+
+}  // namespace pristine::replay_driver

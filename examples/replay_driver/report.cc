@@ -1,0 +1,160 @@
+#include "examples/replay_driver/report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+
+namespace pristine::replay_driver {
+namespace {
+
+struct Percentiles {
+  double p50 = 0, p99 = 0, max = 0;
+};
+
+Percentiles PercentilesOf(std::vector<double> values) {
+  if (values.empty()) return {};
+  std::sort(values.begin(), values.end());
+  // The smallest value that at least this part of all values does not exceed.
+  const auto at = [&values](double part) {
+    const double rank = std::ceil(part * static_cast<double>(values.size()));
+    return values[static_cast<size_t>(std::max(rank, 1.0)) - 1];
+  };
+  return {at(0.5), at(0.99), values.back()};
+}
+
+std::string Quoted(const std::string& text) {
+  std::string quoted = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') {
+      quoted += '\\';
+      quoted += c;
+    } else if (c >= ' ' && c <= '~') {
+      quoted += c;
+    } else {  // control characters, and bytes that need not be UTF-8
+      char escaped[8];
+      std::snprintf(escaped, sizeof(escaped), "\\u%04x", static_cast<unsigned>(static_cast<unsigned char>(c)));
+      quoted += escaped;
+    }
+  }
+  return quoted + "\"";
+}
+
+std::string NumberText(double value) {
+  if (!std::isfinite(value)) return "null";
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.6g", value);
+  return text;
+}
+
+std::string ListText(const std::vector<std::string>& entries) {
+  return absl::StrCat(
+      "[", absl::StrJoin(entries, ", ", [](std::string* out, const std::string& entry) { out->append(Quoted(entry)); }),
+      "]");
+}
+
+}  // namespace
+
+void RunReport::AddViolation(const Violation& violation) {
+  switch (violation.kind) {
+    case Violation::Kind::kPolluted:
+    case Violation::Kind::kGuardBand:
+    case Violation::Kind::kOriginalChanged:
+    case Violation::Kind::kUndeclaredWrite:
+      return pollutions.Add(violation.ToString());
+    default:
+      return invariant_violations.Add(violation.ToString());
+  }
+}
+
+ExitCode RunReport::Outcome() const {
+  if (plan_refused || plan_mismatch_steps > 0 || pollutions.total() > 0 || invariant_violations.total() > 0) {
+    return ExitCode::kViolation;
+  }
+  return same_mismatches + truth_mismatches > 0 ? ExitCode::kMismatch : ExitCode::kOk;
+}
+
+void PrintSummary(const RunReport& r, std::ostream& out) {
+  const auto line = [&out](const char* name, const std::string& value) {
+    std::string left = name;
+    left.resize(24, ' ');
+    out << left << value << "\n";
+  };
+  const Percentiles us = PercentilesOf(r.us_per_replay);
+  std::vector<std::string> buckets;
+  for (const auto& [bucket, replays] : r.replays_by_bucket) buckets.push_back(absl::StrCat(bucket, ": ", replays));
+  line("device", absl::StrCat(r.device, r.host_emulation ? ", an emulation" : ""));
+  line("protection", r.protection_level);
+  line("trace", r.trace);
+  line("plan from, restore", absl::StrCat(r.plan_from, ", ", r.restore));
+  line("steps", absl::StrCat(r.steps));
+  line("requests", absl::StrCat(r.requests_finished, " finished, ", r.requests_refused.total(), " refused"));
+  line("tokens", absl::StrCat(r.tokens));
+  line("captures", absl::StrCat(r.captures, " in ", NumberText(r.capture_ms), " ms"));
+  line("replays", absl::StrCat(r.replays, " (", absl::StrJoin(buckets, ", "), ")"));
+  line("bucket changes", absl::StrCat(r.bucket_changes));
+  line("us per replay",
+       absl::StrCat("p50 ", NumberText(us.p50), ", p99 ", NumberText(us.p99), ", max ", NumberText(us.max)));
+  line("restored bytes", absl::StrCat(r.restored_bytes));
+  line("expected writes", absl::StrCat(r.expected_writes));
+  line("pollutions", absl::StrCat(r.pollutions.total()));
+  line("invariant violations", absl::StrCat(r.invariant_violations.total()));
+  line("plan mismatch steps", absl::StrCat(r.plan_mismatch_steps));
+  line("same mismatches", absl::StrCat(r.same_mismatches));
+  line("truth mismatches", absl::StrCat(r.truth_mismatches, " of ", r.truth_rows, " rows, largest relative RMS ",
+                                        std::isfinite(r.max_rel_rms) ? NumberText(r.max_rel_rms) : "not finite"));
+  if (r.first_failure_step >= 0) line("first failure in step", absl::StrCat(r.first_failure_step));
+  line("result", absl::StrCat(r.exit_reason, " (exit ", static_cast<int>(r.exit_code), ")"));
+}
+
+void WriteJson(const RunReport& r, std::ostream& out) {
+  std::vector<std::string> fields;
+  const auto field = [&fields](const char* name, const std::string& json) {
+    fields.push_back(absl::StrCat("  \"", name, "\": ", json));
+  };
+  const auto list = [&field](const char* name, const CappedList& values) {
+    field(name, ListText(values.entries()));
+    field(absl::StrCat(name, "_total").c_str(), absl::StrCat(values.total()));
+  };
+  std::vector<std::string> buckets;
+  for (const auto& [bucket, replays] : r.replays_by_bucket) {
+    buckets.push_back(absl::StrCat("\"", bucket, "\": ", replays));
+  }
+  const Percentiles us = PercentilesOf(r.us_per_replay);
+
+  field("version", Quoted(PRISTINE_VERSION));
+  field("command_line", ListText(r.command_line));
+  field("device", Quoted(r.device));
+  field("protection_level", Quoted(r.protection_level));
+  field("trace", Quoted(r.trace));
+  field("steps", absl::StrCat(r.steps));
+  field("requests_finished", absl::StrCat(r.requests_finished));
+  field("requests_refused", absl::StrCat(r.requests_refused.total()));
+  field("refused", ListText(r.requests_refused.entries()));
+  field("tokens", absl::StrCat(r.tokens));
+  field("bucket_changes", absl::StrCat(r.bucket_changes));
+  field("captures", absl::StrCat(r.captures));
+  field("replays", absl::StrCat(r.replays));
+  field("replays_by_bucket", absl::StrCat("{", absl::StrJoin(buckets, ", "), "}"));
+  field("restored_bytes", absl::StrCat(r.restored_bytes));
+  field("expected_writes", absl::StrCat(r.expected_writes));
+  list("pollutions", r.pollutions);
+  list("invariant_violations", r.invariant_violations);
+  field("plan_mismatch_steps", absl::StrCat(r.plan_mismatch_steps));
+  field("first_failure_step", r.first_failure_step < 0 ? "null" : absl::StrCat(r.first_failure_step));
+  field("same_mismatches", absl::StrCat(r.same_mismatches));
+  field("truth_mismatches", absl::StrCat(r.truth_mismatches));
+  field("truth_rows", absl::StrCat(r.truth_rows));
+  field("max_rel_rms", NumberText(r.max_rel_rms));
+  field("us_per_replay", absl::StrCat("{\"p50\": ", NumberText(us.p50), ", \"p99\": ", NumberText(us.p99),
+                                      ", \"max\": ", NumberText(us.max),
+                                      ", \"host_emulation\": ", r.host_emulation ? "true" : "false", "}"));
+  field("capture_ms", NumberText(r.capture_ms));
+  field("exit_code", absl::StrCat(static_cast<int>(r.exit_code)));
+  field("exit_reason", Quoted(r.exit_reason));
+  out << "{\n" << absl::StrJoin(fields, ",\n") << "\n}\n";
+}
+
+}  // namespace pristine::replay_driver

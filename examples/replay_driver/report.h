@@ -1,0 +1,86 @@
+// What a run amounts to: counted by the driver, written as a table and as JSON.
+#ifndef PRISTINE_EXAMPLES_REPLAY_DRIVER_REPORT_H_
+#define PRISTINE_EXAMPLES_REPLAY_DRIVER_REPORT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <ostream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pristine/buffers/violation.h"
+
+namespace pristine::replay_driver {
+
+enum class ExitCode : int {
+  kOk = 0,
+  kUsage = 1,
+  kInput = 2,
+  kViolation = 3,
+  kMismatch = 4,
+  kDevice = 5,
+  kInternal = 6,
+};
+
+// The first 100 of what happened, and how often it did.
+class CappedList {
+ public:
+  void Add(std::string entry) {
+    if (++total_ <= 100) entries_.push_back(std::move(entry));
+  }
+  const std::vector<std::string>& entries() const { return entries_; }
+  int64_t total() const { return total_; }
+
+ private:
+  std::vector<std::string> entries_;
+  int64_t total_ = 0;
+};
+
+struct RunReport {
+  std::vector<std::string> command_line;
+  std::string device;
+  bool host_emulation = false;
+  std::string protection_level;
+  std::string trace;
+  std::string plan_from, restore;
+  int64_t steps = 0;
+  int64_t requests_finished = 0;
+  CappedList requests_refused;
+  int64_t tokens = 0;
+  int64_t bucket_changes = 0;
+  int64_t captures = 0;
+  int64_t replays = 0;
+  std::vector<std::pair<int32_t, int64_t>> replays_by_bucket;  // requests, replays
+  int64_t restored_bytes = 0;
+  int64_t expected_writes = 0;
+  CappedList pollutions;            // memory that was written by who must not
+  CappedList invariant_violations;  // values that break a rule, and misuses of a graph
+  int64_t plan_mismatch_steps = 0;
+  std::string first_plan_mismatch, first_mismatch;  // in words; "" if there was none
+  bool plan_refused = false;                        // exit_reason says why
+  int64_t first_failure_step = -1;                  // -1: none
+  int64_t same_mismatches = 0;
+  int64_t truth_mismatches = 0;
+  int64_t truth_rows = 0;
+  double max_rel_rms = 0;
+  std::vector<double> us_per_replay;
+  double capture_ms = 0;
+  std::string exit_reason = "ok";
+  ExitCode exit_code = ExitCode::kOk;
+
+  void AddViolation(const Violation& violation);
+  void FailAt(int64_t step) {
+    if (first_failure_step < 0) first_failure_step = step;
+  }
+  // Of what was counted: kViolation before kMismatch before kOk.
+  ExitCode Outcome() const;
+};
+
+// One line per row of a table, the device first.
+void PrintSummary(const RunReport& report, std::ostream& out);
+void WriteJson(const RunReport& report, std::ostream& out);
+
+}  // namespace pristine::replay_driver
+
+#endif  // PRISTINE_EXAMPLES_REPLAY_DRIVER_REPORT_H_

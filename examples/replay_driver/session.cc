@@ -1,0 +1,264 @@
+#include "examples/replay_driver/session.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "examples/replay_driver/compare.h"
+#include "pristine/graph_runtime/status.h"
+
+namespace pristine::replay_driver {
+namespace {
+
+ModelConfig ModelConfigOf(const Options& options) {
+  ModelConfig config;
+  config.seed = options.seed;
+  for (const int32_t bucket : options.buckets) config.buckets.push_back({bucket, bucket});
+  config.layers = options.layers;
+  config.heads = options.heads;
+  config.kv_heads = options.kv_heads;
+  config.head_dim = options.head_dim;
+  config.dtype = options.dtype;
+  config.page_size = options.page_size;
+  config.pool_pages = options.kv_tokens / options.page_size;
+  config.window = options.window;
+  config.sparse.groups = options.kv_groups;
+  config.sparse.block = options.sparse_block;
+  config.sparse.topk = options.topk_blocks;
+  config.sparse.dense_len = options.dense_len;
+  return config;
+}
+
+// Host allocations are granted long before the machine runs out: refuse what it cannot have.
+absl::Status CheckHostMemory(const ModelConfig& config) {
+  const int64_t rows = int64_t{config.max_batch()} * config.sparse.groups;
+  const int64_t indices = rows * attention::SparseRowBound(config.sparse) * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t needed = 2 * int64_t{config.layers} * static_cast<int64_t>(config.pool_bytes()) + 4 * indices;
+  const int64_t present = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+  if (needed <= present) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat("the KV pool and page tables need ", needed >> 20,
+                                                   " MiB; this machine has ", present >> 20, " MiB"));
+}
+
+std::string WriterText(const BufferManager& manager, int buffer, int64_t index) {
+  const absl::StatusOr<BufferManager::Writer> writer = manager.LastWriter(buffer, index);
+  if (!writer.ok()) return "no graph";
+  return absl::StrCat("graph ", writer->graph, " ", writer->bucket.ToString(), " in replay ", writer->replay);
+}
+
+}  // namespace
+
+Session::~Session() {
+  if (stream_ != nullptr) (void)stream_->Synchronize();  // nothing may be in flight when its memory goes
+}
+
+absl::Status Session::OpenDevice() {
+  if (options_.device != DeviceChoice::kHost) {
+    absl::StatusOr<std::unique_ptr<Device>> cuda = CreateCudaDevice(options_.cuda_ordinal);
+    if (cuda.ok()) device_ = *std::move(cuda);
+    if (device_ == nullptr && options_.device == DeviceChoice::kCuda) return cuda.status();
+  }
+  if (device_ == nullptr) {
+    HostOptions host;
+    host.run = environment_.host_run;
+    host.enforce_accesses = options_.check == ManagerOptions::Check::kAlways;
+    PRISTINE_ASSIGN_OR_RETURN(device_, CreateHostDevice(host));
+    PRISTINE_RETURN_IF_ERROR(CheckHostMemory(ModelConfigOf(options_)));
+  }
+  report_.device = device_->name();
+  report_.host_emulation = device_->backend() == Backend::kHost;
+  return absl::OkStatus();
+}
+
+absl::Status Session::SetUp() {
+  PRISTINE_RETURN_IF_ERROR(OpenDevice());
+  PRISTINE_ASSIGN_OR_RETURN(stream_, device_->CreateStream());
+  const ModelConfig config = ModelConfigOf(options_);
+  PRISTINE_ASSIGN_OR_RETURN(KvPool pool, KvPool::Create(*device_, *stream_, config));
+  pool_ = std::make_unique<KvPool>(std::move(pool));
+
+  ManagerOptions manager;
+  manager.check = options_.check;
+  manager.restore = options_.restore;
+  PRISTINE_ASSIGN_OR_RETURN(model_, DecodeModel::Create(*device_, config, *pool_, manager));
+  PRISTINE_ASSIGN_OR_RETURN(shadow_, DecodeModel::Create(*device_, config, *pool_, manager));
+  if (options_.check != ManagerOptions::Check::kOff) {
+    PRISTINE_RETURN_IF_ERROR(model_->ProtectPool());
+  }
+  report_.protection_level = ToString(model_->manager().protection_level());
+
+  RunnerOptions runner;
+  runner.name = "decode";
+  runner.buckets = config.buckets;
+  PRISTINE_ASSIGN_OR_RETURN(runner_, GraphRunner::Create(runner, [this](Stream& stream, const Extent& bucket) {
+                              return model_->Body(stream, bucket);
+                            }));
+  PRISTINE_RETURN_IF_ERROR(runner_->AddHook(model_->manager()));
+  return runner_->CaptureAll(*stream_);
+}
+
+absl::Status Session::Serve(absl::Span<const TraceRequest> trace) {
+  SchedulerConfig config;
+  config.step_ticks = options_.step_ms * kTicksPerMs;
+  config.step_limit = options_.step_limit();
+  config.max_batch = options_.max_batch;
+  config.page_size = options_.page_size;
+  config.pool_pages = model_->config().pool_pages;
+  config.seed = options_.seed;
+  Scheduler scheduler(trace, config);
+
+  absl::Status status;
+  while (status.ok() && !report_.plan_refused && scheduler.NextStep()) {
+    const absl::Span<const ActiveRequest> active = scheduler.active();
+    for (const ActiveRequest& request : active.last(scheduler.entered())) {
+      status.Update(pool_->FillContext(*stream_, request));
+    }
+    if (status.ok() && !active.empty()) status = RunStep(first_step_ + scheduler.steps() - 1, active);
+    ShowProgress(scheduler);
+  }
+  for (const int32_t id : scheduler.refused()) {
+    report_.requests_refused.Add(
+        absl::StrCat("request ", id, " needs ", scheduler.PagesOf(id), " pages; the pool has ", config.pool_pages));
+  }
+  report_.requests_finished += scheduler.finished();
+  first_step_ += scheduler.steps();
+  report_.steps = first_step_;
+  return status;
+}
+
+absl::Status Session::RunStep(int64_t step, absl::Span<const ActiveRequest> active) {
+  inputs_.Set(model_->config(), active);
+  PRISTINE_ASSIGN_OR_RETURN(inputs_.bucket, runner_->BucketFor(inputs_.extent));
+  PRISTINE_RETURN_IF_ERROR(model_->Begin(inputs_));
+  if (options_.restore == ManagerOptions::Restore::kStream) {
+    PRISTINE_RETURN_IF_ERROR(model_->manager().Restore(*stream_));
+  }
+  if (live()) {
+    PRISTINE_RETURN_IF_ERROR(PlanFromLive());
+  }
+  if (const absl::Status planned = model_->PlanSparse(inputs_); !planned.ok()) {
+    return live() ? DescribeRefusal(step, planned) : planned;
+  }
+  PRISTINE_RETURN_IF_ERROR(model_->FinishPlans(inputs_));
+
+  const auto begin = std::chrono::steady_clock::now();
+  PRISTINE_RETURN_IF_ERROR(runner_->Replay(*stream_, inputs_.bucket, inputs_.extent));
+  if (environment_.after_replay) {
+    PRISTINE_RETURN_IF_ERROR(environment_.after_replay(*stream_, *model_));
+  }
+  PRISTINE_RETURN_IF_ERROR(stream_->Synchronize());
+  report_.us_per_replay.push_back(
+      std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count());
+
+  ++report_.replays;
+  report_.tokens += inputs_.extent.tokens;
+  if (report_.replays > 1 && inputs_.bucket != last_bucket_) ++report_.bucket_changes;
+  last_bucket_ = inputs_.bucket;
+  if (options_.compare_eager > 0 && report_.replays % options_.compare_eager == 0) {
+    PRISTINE_RETURN_IF_ERROR(Compare(step));
+  }
+  CollectReports(step);
+  return absl::OkStatus();
+}
+
+// The engine's mistake: the plan's input is the buffer that the last replay's conversion wrote.
+absl::Status Session::PlanFromLive() {
+  const int32_t rows = inputs_.extent.requests * options_.kv_groups;
+  PRISTINE_RETURN_IF_ERROR(model_->ReadLiveIndptr(*stream_, rows, live_indptr_));
+  for (int32_t row = 0; row < rows; ++row) {
+    // Unsigned: whatever the buffer holds, the difference is defined.
+    inputs_.plan_lengths[row] =
+        static_cast<int32_t>(static_cast<uint32_t>(live_indptr_[row + 1]) - static_cast<uint32_t>(live_indptr_[row]));
+  }
+  return absl::OkStatus();
+}
+
+// Returns `refusal` itself if it is not of a decrease.
+absl::Status Session::DescribeRefusal(int64_t step, const absl::Status& refusal) {
+  const auto fall =
+      std::find_if(inputs_.plan_lengths.begin(), inputs_.plan_lengths.end(), [](int32_t length) { return length < 0; });
+  if (!absl::IsInvalidArgument(refusal) || fall == inputs_.plan_lengths.end()) return refusal;
+  const int64_t index = fall - inputs_.plan_lengths.begin();
+  const BufferManager& manager = model_->manager();
+  const int buffer = model_->kv_indptr_ws().id;
+  report_.plan_refused = true;
+  report_.FailAt(step);
+  report_.exit_reason =
+      absl::StrCat("step ", step, ": the planner refused ", manager.name(buffer), ", which falls from ",
+                   live_indptr_[index], " at index ", index, " (last written by ", WriterText(manager, buffer, index),
+                   ") to ", live_indptr_[index + 1], " at index ", index + 1, " (last written by ",
+                   WriterText(manager, buffer, index + 1), "): ", std::string(refusal.message()));
+  return absl::OkStatus();
+}
+
+absl::Status Session::Compare(int64_t step) {
+  PRISTINE_ASSIGN_OR_RETURN(const Outputs replayed, ReadOutputs(*stream_, *model_, inputs_.bucket));
+  PRISTINE_RETURN_IF_ERROR(shadow_->RunEagerly(*stream_, inputs_, options_.restore));
+  PRISTINE_ASSIGN_OR_RETURN(const Outputs eager, ReadOutputs(*stream_, *shadow_, inputs_.bucket));
+  const Comparison same = CompareSame(model_->config(), inputs_, replayed, eager);
+  const Comparison truth = CompareTruth(model_->config(), inputs_, replayed, options_.compare_rows, report_.replays);
+  report_.same_mismatches += same.mismatches;
+  report_.truth_mismatches += truth.mismatches;
+  report_.truth_rows += truth.rows;
+  report_.max_rel_rms = std::max(report_.max_rel_rms, truth.max_rel_rms);
+  for (const Comparison* comparison : {&same, &truth}) {
+    if (comparison->mismatches == 0) continue;
+    report_.FailAt(step);
+    if (report_.first_mismatch.empty()) report_.first_mismatch = absl::StrCat("step ", step, ": ", comparison->first);
+  }
+  return absl::OkStatus();
+}
+
+void Session::CollectReports(int64_t step) {
+  bool disagreed = false;
+  std::array<Violation, 32> violations;
+  for (DecodeModel* model : {model_.get(), shadow_.get()}) {
+    size_t count = 0;
+    while ((count = model->manager().Poll(absl::MakeSpan(violations))) > 0) {
+      for (size_t i = 0; i < count; ++i) {
+        report_.FailAt(step);
+        if (violations[i].kind == Violation::Kind::kPlanMismatch) {
+          disagreed = true;
+          if (report_.first_plan_mismatch.empty()) {
+            report_.first_plan_mismatch = absl::StrCat("step ", step, ": ", violations[i].ToString());
+          }
+        } else {
+          report_.AddViolation(violations[i]);
+        }
+      }
+    }
+  }
+  if (disagreed) ++report_.plan_mismatch_steps;
+}
+
+absl::Status Session::Finish() {
+  const BufferManager::Stats stats = model_->manager().stats();
+  report_.restored_bytes = stats.restored_bytes;
+  report_.expected_writes = stats.expected_writes;
+  report_.captures = runner_->stats().captures;
+  report_.capture_ms = runner_->stats().capture_ms;
+  report_.replays_by_bucket.clear();
+  for (size_t i = 0; i < runner_->buckets().size(); ++i) {
+    report_.replays_by_bucket.emplace_back(runner_->buckets()[i].requests, runner_->stats().replays_by_bucket[i]);
+  }
+  if (options_.check != ManagerOptions::Check::kOff) {
+    PRISTINE_ASSIGN_OR_RETURN(const std::vector<Violation> violations, model_->manager().Verify(*stream_));
+    for (const Violation& violation : violations) {
+      report_.FailAt(first_step_);
+      report_.AddViolation(violation);
+    }
+  }
+  return absl::OkStatus();
+}
+
+void Session::ShowProgress(const Scheduler& scheduler) {
+  if (!environment_.terminal || options_.quiet || scheduler.steps() % 50 != 0) return;
+  environment_.err << "\rstep " << first_step_ + scheduler.steps() << ", " << report_.replays << " replays, "
+                   << scheduler.finished() << " requests finished  " << std::flush;
+}
+
+}  // namespace pristine::replay_driver

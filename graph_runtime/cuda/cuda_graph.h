@@ -1,0 +1,53 @@
+// CudaGraph and CudaGraphExec: a cudaGraph_t read into nodes and edges, and its executable form.
+#ifndef PRISTINE_GRAPH_RUNTIME_CUDA_CUDA_GRAPH_H_
+#define PRISTINE_GRAPH_RUNTIME_CUDA_CUDA_GRAPH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "graph_runtime/cuda/cuda_capture.h"
+#include "graph_runtime/cuda/cuda_stream.h"
+#include "pristine/graph_runtime/graph.h"
+
+namespace pristine {
+
+class CudaDevice;
+
+class CudaGraph final : public Graph {
+ public:
+  // Takes `graph`, also when it fails. `ours` are the nodes that Stream queued, in order; the others are foreign.
+  static absl::StatusOr<std::unique_ptr<Graph>> Create(CudaDevice& device, cudaGraph_t graph,
+                                                       const std::vector<NamedNode>& ours);
+  ~CudaGraph() override;
+
+ private:
+  CudaGraph(CudaDevice& device, cudaGraph_t graph) : device_(device), graph_(graph) {}
+  absl::Status ReadNodes(const std::vector<NamedNode>& ours);
+  absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const override;
+
+  CudaDevice& device_;
+  const cudaGraph_t graph_;
+};
+
+// Independent of its graph: CUDA copies what it needs when it instantiates.
+class CudaGraphExec final : public GraphExec {
+ public:
+  CudaGraphExec(CudaDevice& device, cudaGraphExec_t exec, cudaEvent_t done);
+  ~CudaGraphExec() override;
+
+ private:
+  absl::Status DoLaunch(Stream& stream) override;
+
+  CudaDevice& device_;
+  const cudaGraphExec_t exec_;
+  const cudaEvent_t done_;                   // recorded only when an exec is destroyed, so that a launch pays nothing
+  std::weak_ptr<NativeStream> launched_on_;  // of the last launch; earlier launches end before it
+};
+
+}  // namespace pristine
+
+#endif  // PRISTINE_GRAPH_RUNTIME_CUDA_CUDA_GRAPH_H_

@@ -1,0 +1,190 @@
+// A manager, a StepMetadata, a plan and a wrapper over one KV pool: the smallest engine that decodes. Runs the same
+// body eagerly and from captured graphs.
+#ifndef PRISTINE_TESTS_ATTENTION_DECODE_RIG_H_
+#define PRISTINE_TESTS_ATTENTION_DECODE_RIG_H_
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "pristine/attention/decode_plan.h"
+#include "pristine/attention/paged_decode.h"
+#include "pristine/attention/step_metadata.h"
+#include "pristine/buffers/buffer_manager.h"
+#include "pristine/graph_runtime/graph_runner.h"
+#include "pristine/graph_runtime/status.h"
+#include "tests/support/oracle_case.h"
+
+namespace pristine::testing {
+
+// Blocking copies of whole buffers.
+template <class T>
+absl::Status Upload(Stream& stream, DeviceSpan<T> to, const std::vector<std::remove_const_t<T>>& values) {
+  const absl::Span<const std::byte> bytes(reinterpret_cast<const std::byte*>(values.data()), values.size() * sizeof(T));
+  PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(AsWritableBytes(to).Sub(0, bytes.size()), bytes));
+  return stream.Synchronize();
+}
+template <class T>
+absl::StatusOr<std::vector<std::remove_const_t<T>>> Download(Stream& stream, DeviceSpan<T> from) {
+  std::vector<std::remove_const_t<T>> values(from.size());
+  PRISTINE_RETURN_IF_ERROR(
+      stream.CopyToHost({reinterpret_cast<std::byte*>(values.data()), from.bytes()}, AsBytes(from)));
+  PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+  return values;
+}
+
+struct RigOptions {
+  std::vector<int32_t> buckets = {4};  // requests
+  int32_t max_length = 512;
+  int32_t num_pages = 0;
+};
+
+class DecodeRig {
+ public:
+  static absl::StatusOr<std::unique_ptr<DecodeRig>> Create(Device& device, Stream& stream, const DecodeShape& shape,
+                                                           const RigOptions& options) {
+    std::unique_ptr<DecodeRig> rig(new DecodeRig(stream, shape));
+    PRISTINE_ASSIGN_OR_RETURN(rig->manager_, BufferManager::Create(device));
+    const int32_t most = options.buckets.back();
+    const int32_t pages = (options.max_length - 1) / shape.page_size + 1;
+    PRISTINE_ASSIGN_OR_RETURN(rig->metadata_,
+                              attention::StepMetadata::Create(*rig->manager_, {.max_requests = most,
+                                                                               .max_tokens = most,
+                                                                               .page_size = shape.page_size,
+                                                                               .num_pages = options.num_pages,
+                                                                               .max_step_pages = most * pages,
+                                                                               .max_length = options.max_length}));
+    attention::DecodePlanConfig plan = {.buckets = {},
+                                        .q_heads = shape.q_heads,
+                                        .kv_heads = shape.kv_heads,
+                                        .head_dim = shape.head_dim,
+                                        .dtype = shape.dtype,
+                                        .page_size = shape.page_size,
+                                        .window = shape.window,
+                                        .max_row_tokens = options.max_length,
+                                        .derived_from = {rig->metadata_->lengths().id}};
+    for (const int32_t requests : options.buckets) plan.buckets.push_back({requests, requests});
+    PRISTINE_ASSIGN_OR_RETURN(rig->plan_, attention::DecodePlan::Create(*rig->manager_, plan));
+    PRISTINE_ASSIGN_OR_RETURN(
+        rig->decode_, attention::PagedDecode::Create(*rig->plan_, 1 / std::sqrt(static_cast<float>(shape.head_dim))));
+    const size_t element = attention::SizeOf(shape.dtype);
+    const size_t row = size_t{1} * shape.q_heads * shape.head_dim * element;
+    const size_t pool = size_t{1} * options.num_pages * shape.page_size * shape.kv_heads * shape.head_dim * element;
+    PRISTINE_ASSIGN_OR_RETURN(rig->q_, device.Allocate(most * row, "q"));
+    PRISTINE_ASSIGN_OR_RETURN(rig->out_, device.Allocate(most * row, "out"));
+    PRISTINE_ASSIGN_OR_RETURN(rig->lse_, device.Allocate(most * shape.q_heads * sizeof(float), "lse"));
+    PRISTINE_ASSIGN_OR_RETURN(rig->k_, device.Allocate(pool, "k"));
+    PRISTINE_ASSIGN_OR_RETURN(rig->v_, device.Allocate(pool, "v"));
+    DecodeRig* const self = rig.get();
+    PRISTINE_ASSIGN_OR_RETURN(
+        rig->runner_, GraphRunner::Create({.buckets = plan.buckets}, [self](Stream& queue, const Extent& bucket) {
+          return self->decode_->Run(queue, bucket, self->tensors);
+        }));
+    PRISTINE_RETURN_IF_ERROR(rig->runner_->AddHook(*rig->manager_));
+    rig->tensors = {.q = rig->q_.As<const std::byte>(),
+                    .k = rig->k_.As<const std::byte>(),
+                    .v = rig->v_.As<const std::byte>(),
+                    .out = rig->out_.As<std::byte>(),
+                    .lse = rig->lse_.As<attention::LseBase2>(),
+                    .kv_indptr = rig->metadata_->kv_indptr().live,
+                    .kv_indices = rig->metadata_->kv_indices().live,
+                    .lengths = rig->metadata_->lengths().live};
+    return rig;
+  }
+
+  // Writes a case's queries (the rest NaN) and pool (its pages are the pool's first).
+  absl::Status Load(const DecodeCase& step) {
+    PRISTINE_RETURN_IF_ERROR(stream_.Fill(AsWritableBytes(q_.As<std::byte>()), std::byte{0xff}));
+    PRISTINE_RETURN_IF_ERROR(Upload(stream_, q_.As<std::byte>(), step.Q()));
+    PRISTINE_RETURN_IF_ERROR(Upload(stream_, k_.As<std::byte>(), step.Pool(false)));
+    return Upload(stream_, v_.As<std::byte>(), step.Pool(true));
+  }
+
+  // Opens a step over the first `requests` rows of `step` and plans it; plans from `plan_lengths` where given.
+  absl::Status Begin(int32_t bucket, const DecodeCase& step, int32_t requests,
+                     const std::vector<int32_t>* plan_lengths = nullptr) {
+    const absl::Span<const int32_t> lengths = absl::MakeConstSpan(step.lengths()).first(requests);
+    const absl::Span<const int32_t> indptr = absl::MakeConstSpan(step.indptr()).first(requests + 1);
+    const std::vector<int32_t> slots(requests, -1), positions(requests, 0);
+    PRISTINE_RETURN_IF_ERROR(manager_->BeginStep({bucket, bucket}, {requests, requests}));
+    PRISTINE_RETURN_IF_ERROR(metadata_->Refill({.lengths = lengths,
+                                                .kv_indptr = indptr,
+                                                .kv_indices = absl::MakeConstSpan(step.indices()).first(indptr.back()),
+                                                .slots = slots,
+                                                .positions = positions}));
+    PRISTINE_RETURN_IF_ERROR(stream_.Fill(out_.As<std::byte>(), std::byte{0xff}));
+    PRISTINE_RETURN_IF_ERROR(stream_.Fill(lse_.As<std::byte>(), std::byte{0xff}));
+    return plan_->Plan({bucket, bucket}, plan_lengths != nullptr ? absl::MakeConstSpan(*plan_lengths) : lengths);
+  }
+
+  absl::Status RunEagerly(int32_t bucket, int32_t requests) {
+    PRISTINE_RETURN_IF_ERROR(manager_->BeforeReplay(stream_, {bucket, bucket}, {requests, requests}));
+    PRISTINE_RETURN_IF_ERROR(manager_->RecordPrologue(stream_, {bucket, bucket}));
+    PRISTINE_RETURN_IF_ERROR(decode_->Run(stream_, {bucket, bucket}, tensors));
+    return ReadBack();
+  }
+  absl::Status Capture() { return runner_->CaptureAll(stream_); }
+  absl::Status Replay(int32_t bucket, int32_t requests) {
+    PRISTINE_RETURN_IF_ERROR(runner_->Replay(stream_, {bucket, bucket}, {requests, requests}));
+    return ReadBack();
+  }
+
+  // "" if the last run's first `requests` rows are attention over `step`, and the rest of the bucket is zeros and -inf.
+  std::string Check(int32_t bucket, const DecodeCase& step, int32_t requests) const {
+    for (int32_t r = 0; r < bucket; ++r) {
+      for (int32_t h = 0; h < shape_.q_heads; ++h) {
+        const OracleRow expected =
+            r < requests ? step.Expected(r, h) : OracleRow{.out = {}, .lse = -std::numeric_limits<double>::infinity()};
+        const std::string mismatch = CheckHead(r, h, expected);
+        if (!mismatch.empty()) return mismatch;
+      }
+    }
+    return "";
+  }
+  std::string CheckHead(int32_t row, int32_t head, const OracleRow& expected) const {
+    const int32_t place = row * shape_.q_heads + head;
+    const std::string mismatch =
+        Mismatch(expected, absl::MakeConstSpan(out).subspan(size_t{1} * place * shape_.head_dim, shape_.head_dim),
+                 lse[place], shape_.dtype);
+    return mismatch.empty() ? "" : absl::StrCat("row ", row, ", head ", head, ": ", mismatch);
+  }
+
+  BufferManager& manager() { return *manager_; }
+  attention::StepMetadata& metadata() { return *metadata_; }
+  attention::DecodePlan& plan() { return *plan_; }
+  attention::PagedDecode& decode() { return *decode_; }
+
+  attention::DecodeTensors tensors;  // of every run; a test may point it elsewhere
+  std::vector<float> out, lse;       // of the last run
+  std::vector<std::byte> raw_out;    // the same, as bytes
+
+ private:
+  DecodeRig(Stream& stream, const DecodeShape& shape) : stream_(stream), shape_(shape) {}
+
+  absl::Status ReadBack() {
+    PRISTINE_ASSIGN_OR_RETURN(raw_out, Download(stream_, out_.As<std::byte>()));
+    PRISTINE_ASSIGN_OR_RETURN(lse, Download(stream_, lse_.As<float>()));
+    out = ToFloats(raw_out, shape_.dtype);
+    return absl::OkStatus();
+  }
+
+  Stream& stream_;
+  const DecodeShape shape_;
+  DeviceBuffer q_, k_, v_, out_, lse_;
+  std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<attention::StepMetadata> metadata_;
+  std::unique_ptr<attention::DecodePlan> plan_;
+  std::unique_ptr<attention::PagedDecode> decode_;
+  std::unique_ptr<GraphRunner> runner_;
+};
+
+}  // namespace pristine::testing
+
+#endif  // PRISTINE_TESTS_ATTENTION_DECODE_RIG_H_

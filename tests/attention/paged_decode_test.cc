@@ -1,0 +1,487 @@
+#include "pristine/attention/paged_decode.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "attention/kernels/plan_layout.h"
+#include "attention/variants.h"
+#include "pristine/graph_runtime/launch.h"
+#include "tests/attention/decode_rig.h"
+#include "tests/support/backends.h"
+#include "tests/support/status_matchers.h"
+
+namespace pristine::testing {
+namespace {
+
+using attention::DecodeVariant;
+using attention::DType;
+
+template <class BackendT>
+class PagedDecodeTest : public DeviceTest<BackendT> {
+ protected:
+  void TearDown() override {
+    rig_.reset();
+    DeviceTest<BackendT>::TearDown();
+  }
+  // A rig with room for `step`, and the step's tensors in it.
+  absl::Status Prepare(const DecodeCase& step, RigOptions options = {}) {
+    rig_.reset();
+    options.num_pages = std::max(options.num_pages, step.num_pages());
+    options.max_length = std::max(options.max_length, *std::max_element(step.lengths().begin(), step.lengths().end()));
+    PRISTINE_ASSIGN_OR_RETURN(rig_, DecodeRig::Create(*this->device_, *this->stream_, step.shape(), options));
+    return rig_->Load(step);
+  }
+  // One eager run of the whole case; "" if it is right.
+  std::string Run(const DecodeCase& step, int32_t bucket) {
+    const absl::Status status = [&]() -> absl::Status {
+      PRISTINE_RETURN_IF_ERROR(Prepare(step, {.buckets = {bucket}}));
+      PRISTINE_RETURN_IF_ERROR(rig_->Begin(bucket, step, step.rows()));
+      return rig_->RunEagerly(bucket, step.rows());
+    }();
+    return status.ok() ? rig_->Check(bucket, step, step.rows()) : status.ToString();
+  }
+  std::unique_ptr<DecodeRig> rig_;
+};
+TYPED_TEST_SUITE(PagedDecodeTest, AllBackends, BackendNames);
+
+const std::vector<int32_t> kNoNeedles = {-1, -1, -1, -1};
+
+// --- all variants, page sizes, groups and windows ---
+
+TYPED_TEST(PagedDecodeTest, EveryVariantPageSizeAndWindowMatchesTheOracle) {
+  uint64_t seed = 100;
+  for (const DecodeVariant& variant : attention::DecodeVariants()) {
+    for (const int32_t page_size : {1, 3, 16, 64}) {
+      for (const int32_t window : {0, 1, 100}) {
+        const DecodeShape shape = {.dtype = variant.dtype,
+                                   .q_heads = 4,
+                                   .kv_heads = 2,
+                                   .head_dim = variant.head_dim,
+                                   .page_size = page_size,
+                                   .window = window,
+                                   .seed = ++seed};
+        const std::vector<int32_t> lengths = {1, page_size, 333, 0};
+        EXPECT_EQ(this->Run(DecodeCase(shape, lengths, kNoNeedles), 5), "") << shape.ToString();
+        // The same with needles: on the last key, the first key of the last page, the first key seen.
+        const int32_t visible = window > 0 ? 333 - window : 332 / page_size * page_size;
+        EXPECT_EQ(this->Run(DecodeCase(shape, lengths, {0, page_size - 1, visible, -1}), 4), "") << shape.ToString();
+      }
+    }
+  }
+}
+
+TYPED_TEST(PagedDecodeTest, EveryGroupSizeMatchesTheOracle) {
+  uint64_t seed = 200;
+  for (const int32_t group : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32}) {
+    for (const int32_t kv_heads : {1, 3}) {
+      const DecodeShape shape = {.dtype = group % 2 == 0 ? DType::kBFloat16 : DType::kFloat32,
+                                 .q_heads = group * kv_heads,
+                                 .kv_heads = kv_heads,
+                                 .head_dim = 64,
+                                 .page_size = 4,
+                                 .seed = ++seed};
+      EXPECT_EQ(this->Run(DecodeCase(shape, {70, 150}, {-1, -1}), 2), "") << shape.ToString();
+      EXPECT_EQ(this->Run(DecodeCase(shape, {70, 150}, {69, 128}), 2), "") << shape.ToString();
+    }
+  }
+}
+
+TYPED_TEST(PagedDecodeTest, NeedlesAtEveryEdgeAreFoundOrNotSeenAsTheyShould) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const int32_t page_size : {1, 16, 24}) {
+      for (const int32_t window : {0, 200}) {
+        const DecodeShape shape = {.dtype = dtype, .page_size = page_size, .window = window, .seed = 300};
+        const int32_t length = 523;
+        // With one row in a bucket of one, this device cuts it into items of the smallest size.
+        const attention::DecodePlanConfig probe = {.buckets = {},
+                                                   .q_heads = 4,
+                                                   .kv_heads = 2,
+                                                   .page_size = page_size,
+                                                   .window = window,
+                                                   .max_row_tokens = length,
+                                                   .derived_from = {}};
+        const int processors = this->device_->multiprocessors();
+        std::vector<attention::WorkItem> items(attention::MaxItems(probe, {1, 1}, processors));
+        std::vector<int32_t> indptr(2);
+        ASSERT_OK(
+            attention::PlanItems(probe, {1, 1}, processors, {length}, absl::MakeSpan(items), absl::MakeSpan(indptr)));
+        ASSERT_GT(indptr[1], 1) << "the row is not split";
+        for (const int32_t needle : NeedlePositions(shape, length, items[0].end - items[0].begin)) {
+          const DecodeCase step(shape, {length}, {needle});
+          const bool visible = needle < length && (window == 0 || needle >= length - window);
+          EXPECT_EQ(step.Expected(0, 0).top_mass >= 0.5, visible) << needle;
+          EXPECT_EQ(this->Run(step, 1), "") << shape.ToString() << ", needle " << needle;
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(PagedDecodeTest, RandomRaggedBatchesMatchTheOracle) {
+  constexpr uint64_t kSeed = 41;
+  std::mt19937_64 random(kSeed);
+  for (int n = 0; n < 24; ++n) {
+    DecodeShape shape = {.dtype = random() % 2 == 0 ? DType::kFloat32 : DType::kBFloat16,
+                         .kv_heads = 1 << random() % 2,
+                         .head_dim = random() % 2 == 0 ? 64 : 128,
+                         .page_size = 1 + static_cast<int32_t>(random() % 20),
+                         .window = random() % 2 == 0 ? 0 : 1 + static_cast<int32_t>(random() % 300),
+                         .seed = random()};
+    shape.q_heads = shape.kv_heads * (1 + static_cast<int32_t>(random() % 4));
+    const int32_t rows = 1 + static_cast<int32_t>(random() % 6);
+    std::vector<int32_t> lengths(rows), needles(rows);
+    for (int32_t r = 0; r < rows; ++r) {
+      lengths[r] = random() % 6 == 0 ? 0 : 1 + static_cast<int32_t>(random() % 400);
+      needles[r] = n % 2 == 0 || lengths[r] == 0 ? -1 : static_cast<int32_t>(random() % lengths[r]);
+    }
+    EXPECT_EQ(this->Run(DecodeCase(shape, lengths, needles), rows + static_cast<int32_t>(random() % 3)), "")
+        << "seed " << kSeed << ", case " << n << ": " << shape.ToString();
+  }
+}
+
+// --- graphs ---
+
+TYPED_TEST(PagedDecodeTest, EagerCapturedAndReplayedAreBitEqualAtEveryBucketEdge) {
+  const DecodeShape shape = {.page_size = 16, .window = 0, .seed = 400};
+  const std::vector<int32_t> lengths = {300, 1, 17, 512, 0, 64, 255, 33};
+  const DecodeCase step(shape, lengths, {299, -1, 16, -1, -1, 0, -1, -1});
+  ASSERT_OK(this->Prepare(step, {.buckets = {1, 2, 4, 8}}));
+  DecodeRig& rig = *this->rig_;
+  const struct {
+    int32_t bucket, requests;
+  } edges[] = {{1, 0}, {1, 1}, {2, 1}, {2, 2}, {4, 3}, {4, 4}, {8, 5}, {8, 7}, {8, 8}, {8, 0}};
+  std::vector<std::vector<std::byte>> eager_out;
+  std::vector<std::vector<float>> eager_lse;
+  for (const auto& edge : edges) {
+    ASSERT_OK(rig.Begin(edge.bucket, step, edge.requests));
+    ASSERT_OK(rig.RunEagerly(edge.bucket, edge.requests));
+    EXPECT_EQ(rig.Check(edge.bucket, step, edge.requests), "") << edge.bucket << " " << edge.requests;
+    eager_out.push_back(rig.raw_out);
+    eager_lse.push_back(rig.lse);
+  }
+  ASSERT_OK(rig.Capture());  // with worst-case lengths, none of which is replayed
+  const auto replay = [&](size_t i) {
+    const auto& edge = edges[i];
+    ASSERT_OK(rig.Begin(edge.bucket, step, edge.requests));
+    ASSERT_OK(rig.Replay(edge.bucket, edge.requests));
+    EXPECT_EQ(rig.raw_out, eager_out[i]) << edge.bucket << " " << edge.requests;
+    EXPECT_EQ(0, std::memcmp(rig.lse.data(), eager_lse[i].data(), rig.lse.size() * sizeof(float)));
+  };
+  for (size_t i = 0; i < std::size(edges); ++i) replay(i);
+  for (size_t i = std::size(edges); i-- > 0;) replay(i);
+  std::vector<Violation> violations(8);
+  EXPECT_EQ(rig.manager().Poll(absl::MakeSpan(violations)), 0u);
+}
+
+TYPED_TEST(PagedDecodeTest, AReplayOfPaddingAloneGivesZerosAndMinusInfinity) {
+  const DecodeCase step({.seed = 401}, {40, 50}, {-1, -1});
+  ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
+  ASSERT_OK(this->rig_->Capture());
+  ASSERT_OK(this->rig_->Begin(4, step, 0));
+  ASSERT_OK(this->rig_->Replay(4, 0));
+  EXPECT_EQ(this->rig_->Check(4, step, 0), "");
+}
+
+TYPED_TEST(PagedDecodeTest, APlanOlderThanTheLengthsIsRefused) {
+  const DecodeCase step({.seed = 402}, {40, 50}, {-1, -1});
+  ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
+  ASSERT_OK(this->rig_->Capture());
+  ASSERT_OK(this->rig_->Begin(4, step, 2));
+  ASSERT_OK(this->rig_->manager().Refill(this->rig_->metadata().lengths(), absl::MakeConstSpan(step.lengths())));
+  EXPECT_STATUS(this->rig_->Replay(4, 2), kFailedPrecondition, "plan");
+}
+
+// --- hostile inputs ---
+
+TYPED_TEST(PagedDecodeTest, PagesOutsideThePoolAreSkipped) {
+  for (const int32_t page_size : {1, 16}) {
+    const DecodeShape shape = {.page_size = page_size, .seed = 500};
+    const DecodeCase step(shape, {200, 100}, {-1, 99});
+    ASSERT_OK(this->Prepare(step, {.buckets = {2}}));
+    std::vector<int32_t> indices = step.indices();
+    const int32_t bad[] = {-1, step.num_pages(), std::numeric_limits<int32_t>::max(),
+                           std::numeric_limits<int32_t>::min()};
+    for (int i = 0; i < 4; ++i) indices[2 * i + 1] = bad[i];
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer hostile, this->device_->Allocate(indices.size() * sizeof(int32_t), "hostile"));
+    ASSERT_OK(Upload(*this->stream_, hostile.As<int32_t>(), indices));
+    this->rig_->tensors.kv_indices = hostile.As<const int32_t>();
+    ASSERT_OK(this->rig_->Begin(2, step, 2));
+    ASSERT_OK(this->rig_->RunEagerly(2, 2));
+    for (int32_t row = 0; row < 2; ++row) {
+      const auto attended = [&](int32_t position) {
+        const int32_t place = step.indptr()[row] + position / page_size;
+        return indices[place] == step.indices()[place];
+      };
+      for (int32_t head = 0; head < shape.q_heads; ++head) {
+        EXPECT_EQ(this->rig_->CheckHead(row, head, step.Expected(row, head, attended)), "");
+      }
+    }
+    this->rig_.reset();
+  }
+}
+
+TYPED_TEST(PagedDecodeTest, ARowWhosePagesAreAllOutsideThePoolIsEmpty) {
+  const DecodeShape shape = {.seed = 501};
+  const DecodeCase step(shape, {200}, {-1});
+  ASSERT_OK(this->Prepare(step, {.buckets = {1}}));
+  ASSERT_OK_AND_ASSIGN(DeviceBuffer hostile, this->device_->Allocate(200 * sizeof(int32_t), "hostile"));
+  ASSERT_OK(Upload(*this->stream_, hostile.As<int32_t>(), std::vector<int32_t>(200, -7)));
+  this->rig_->tensors.kv_indices = hostile.As<const int32_t>();
+  ASSERT_OK(this->rig_->Begin(1, step, 1));
+  ASSERT_OK(this->rig_->RunEagerly(1, 1));
+  const OracleRow empty = {.out = {}, .lse = -std::numeric_limits<double>::infinity()};
+  for (int32_t head = 0; head < shape.q_heads; ++head) EXPECT_EQ(this->rig_->CheckHead(0, head, empty), "");
+  this->rig_.reset();
+}
+
+TYPED_TEST(PagedDecodeTest, DeviceLengthsThatLieAreClippedToThePages) {
+  const DecodeShape shape = {.page_size = 16, .seed = 502};
+  const DecodeCase step(shape, {160, 64, 32, 48}, kNoNeedles);  // whole pages, so that every slot of a row is defined
+  ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
+  ASSERT_OK_AND_ASSIGN(DeviceBuffer lies, this->device_->Allocate(4 * sizeof(int32_t), "lies"));
+  ASSERT_OK(Upload(*this->stream_, lies.As<int32_t>(), {std::numeric_limits<int32_t>::max(), 10, -5, 0}));
+  this->rig_->tensors.lengths = lies.As<const int32_t>();
+  const std::vector<int32_t> planned = {512, 512, 512, 512};  // the plan lies too
+  ASSERT_OK(this->rig_->Begin(4, step, 4, &planned));
+  ASSERT_OK(this->rig_->RunEagerly(4, 4));
+  const OracleRow empty = {.out = {}, .lse = -std::numeric_limits<double>::infinity()};
+  for (int32_t head = 0; head < shape.q_heads; ++head) {
+    EXPECT_EQ(this->rig_->CheckHead(0, head, step.Expected(0, head)), "");
+    EXPECT_EQ(this->rig_->CheckHead(1, head, step.Expected(1, head, [](int32_t p) { return p < 10; })), "");
+    EXPECT_EQ(this->rig_->CheckHead(2, head, empty), "");
+    EXPECT_EQ(this->rig_->CheckHead(3, head, empty), "");
+  }
+  this->rig_.reset();
+}
+
+TYPED_TEST(PagedDecodeTest, WithoutLengthsARowIsAllOfItsPages) {
+  const DecodeShape shape = {.page_size = 16, .seed = 503};
+  const DecodeCase step(shape, {160, 64}, {-1, 63});
+  ASSERT_OK(this->Prepare(step, {.buckets = {3}}));
+  this->rig_->tensors.lengths = {};
+  this->rig_->tensors.lse = {};
+  ASSERT_OK(this->rig_->Begin(3, step, 2));
+  ASSERT_OK(this->rig_->RunEagerly(3, 2));
+  for (int32_t row = 0; row < 2; ++row) {
+    for (int32_t head = 0; head < shape.q_heads; ++head) {
+      OracleRow expected = step.Expected(row, head);
+      this->rig_->lse[row * shape.q_heads + head] = static_cast<float>(expected.lse);  // not asked for
+      EXPECT_EQ(this->rig_->CheckHead(row, head, expected), "");
+    }
+  }
+}
+
+// Work items that no planner writes: every one is refused or clipped, and the kernels read nothing they must not.
+TYPED_TEST(PagedDecodeTest, HostileWorkItemsAndIndptrsAreHarmless) {
+  using attention::PlanItemsAt;
+  constexpr int32_t kRows = 3, kItems = 8, kPages = 4, kHeads = 2, kBig = std::numeric_limits<int32_t>::max(),
+                    kSmall = std::numeric_limits<int32_t>::min();
+  const DecodeVariant& variant = *attention::FindDecodeVariant(DType::kFloat32, 64);
+  if (this->device_->backend() == Backend::kCuda) {
+    ASSERT_EQ(variant.prepare(), 0);
+  }
+  std::vector<int32_t> plan = {kBig, kSmall, 5, kBig, 2};  // count; item_indptr
+  for (const attention::WorkItem& item : {attention::WorkItem{-1, 0, 4},
+                                          {kRows, 0, 4},
+                                          {kBig, 0, 4},
+                                          {0, -4, kBig},
+                                          {1, 3, 2},
+                                          {2, kSmall, kSmall},
+                                          {0, 0, kBig},
+                                          {0, kSmall, kBig}}) {
+    plan.insert(plan.end(), {item.row, item.begin, item.end});
+  }
+  ASSERT_EQ(static_cast<int64_t>(plan.size()), attention::PlanWords(kRows, kItems));
+  const std::vector<int32_t> indptr = {0, 4, kSmall, kBig}, indices = {0, kBig, -1, 3}, lengths = {kBig, 3, kBig};
+  const std::vector<float> pool(kPages * 64, 1.0f), q(kRows * kHeads * 64, 1.0f);
+  const auto put = [&](const auto& values) {
+    using T = typename std::decay_t<decltype(values)>::value_type;
+    absl::StatusOr<DeviceBuffer> buffer = this->device_->Allocate(values.size() * sizeof(T), "hostile");
+    EXPECT_OK(buffer);
+    EXPECT_OK(Upload(*this->stream_, buffer->template As<T>(), values));
+    return *std::move(buffer);
+  };
+  const DeviceBuffer plan_d = put(plan), indptr_d = put(indptr), indices_d = put(indices), lengths_d = put(lengths),
+                     k_d = put(pool), v_d = put(pool), q_d = put(q),
+                     partial_d = put(std::vector<float>(kItems * kHeads * 64)),
+                     partial_lse_d = put(std::vector<float>(kItems * kHeads)),
+                     out_d = put(std::vector<float>(kRows * kHeads * 64)),
+                     lse_d = put(std::vector<float>(kRows * kHeads));
+  ASSERT_OK(Launch(*this->stream_, variant.decode,
+                   {.q = q_d.As<float>().address(),
+                    .k = k_d.As<float>().address(),
+                    .v = v_d.As<float>().address(),
+                    .partial_out = partial_d.As<float>().address(),
+                    .partial_lse = partial_lse_d.As<float>().address(),
+                    .plan = plan_d.As<int32_t>().address(),
+                    .kv_indptr = indptr_d.As<int32_t>().address(),
+                    .kv_indices = indices_d.As<int32_t>().address(),
+                    .lengths = lengths_d.As<int32_t>().address(),
+                    .kv_indices_size = static_cast<int64_t>(indices.size()),
+                    .num_pages = kPages,
+                    .rows = kRows,
+                    .max_items = kItems,
+                    .q_heads = kHeads,
+                    .kv_heads = 1,
+                    .head_dim = 64,
+                    .page_size = 1,
+                    .window = 0,
+                    .scale_log2 = 1}));
+  ASSERT_OK(Launch(*this->stream_, variant.merge,
+                   {.partial_out = partial_d.As<float>().address(),
+                    .partial_lse = partial_lse_d.As<float>().address(),
+                    .plan = plan_d.As<int32_t>().address(),
+                    .out = out_d.As<float>().address(),
+                    .lse = lse_d.As<attention::LseBase2>().address(),
+                    .rows = kRows,
+                    .max_items = kItems,
+                    .q_heads = kHeads,
+                    .head_dim = 64}));
+  ASSERT_OK_AND_ASSIGN(const std::vector<float> partial_lse, Download(*this->stream_, partial_lse_d.As<float>()));
+  ASSERT_OK_AND_ASSIGN(const std::vector<float> out, Download(*this->stream_, out_d.As<float>()));
+  for (int32_t item : {0, 1, 2, 3, 4, 5, 7}) {
+    EXPECT_EQ(partial_lse[item * kHeads], -std::numeric_limits<float>::infinity()) << "item " << item;
+  }
+  EXPECT_FALSE(std::isnan(partial_lse[6 * kHeads]));  // row 0, clipped to its four pages, two of which exist
+  for (const float value : out) EXPECT_TRUE(value == 0 || std::abs(value - 1) < 1e-5) << value;
+}
+
+// --- the comparison finds what is wrong, at 16K tokens ---
+
+constexpr int32_t kLong = 16384;
+
+template <class BackendT>
+class DecodeMutantTest : public PagedDecodeTest<BackendT> {
+ protected:
+  // Runs the case right and with `mutate` applied to the rig before the run (given the plan lengths to change); the
+  // first must be accepted and the second refused.
+  template <class Mutate>
+  void ExpectDetected(const DecodeShape& shape, int32_t needle, Mutate mutate) {
+    const DecodeCase step(shape, {kLong, 64}, {needle, -1});
+    ASSERT_EQ(this->Run(step, 2), "");
+    std::vector<int32_t> planned = step.lengths();
+    ASSERT_OK(mutate(*this->rig_, step, planned));
+    ASSERT_OK(this->rig_->Begin(2, step, 2, &planned));
+    ASSERT_OK(this->rig_->RunEagerly(2, 2));
+    EXPECT_NE(this->rig_->Check(2, step, 2), "") << shape.ToString() << ", needle " << needle;
+    this->rig_.reset();
+  }
+  DeviceBuffer changed_;
+  void TearDown() override {
+    changed_ = DeviceBuffer();
+    PagedDecodeTest<BackendT>::TearDown();
+  }
+  absl::Status Put(const std::vector<int32_t>& values) {
+    changed_ = DeviceBuffer();
+    PRISTINE_ASSIGN_OR_RETURN(changed_, this->device_->Allocate(values.size() * sizeof(int32_t), "changed"));
+    return Upload(*this->stream_, changed_.As<int32_t>(), values);
+  }
+};
+TYPED_TEST_SUITE(DecodeMutantTest, AllBackends, BackendNames);
+
+DecodeShape Mutant(DType dtype) { return {.dtype = dtype, .page_size = 16, .seed = 600}; }
+
+TYPED_TEST(DecodeMutantTest, AnOffByOneLengthIsDetected) {
+  const auto shorter = [&](DecodeRig& rig, const DecodeCase& step, std::vector<int32_t>&) -> absl::Status {
+    PRISTINE_RETURN_IF_ERROR(this->Put({kLong - 1, step.lengths()[1]}));
+    rig.tensors.lengths = this->changed_.template As<const int32_t>();
+    return absl::OkStatus();
+  };
+  this->ExpectDetected(Mutant(DType::kFloat32), -1, shorter);
+  this->ExpectDetected(Mutant(DType::kFloat32), kLong - 1, shorter);
+  this->ExpectDetected(Mutant(DType::kBFloat16), kLong - 1, shorter);
+}
+
+TYPED_TEST(DecodeMutantTest, ASwappedPageIsDetected) {
+  const auto swap = [&](DecodeRig& rig, const DecodeCase& step, std::vector<int32_t>&) -> absl::Status {
+    std::vector<int32_t> indices = step.indices();
+    std::swap(indices[500], indices[step.indptr()[1]]);  // a page of row 0 and one of row 1
+    PRISTINE_RETURN_IF_ERROR(this->Put(indices));
+    rig.tensors.kv_indices = this->changed_.template As<const int32_t>();
+    return absl::OkStatus();
+  };
+  this->ExpectDetected(Mutant(DType::kFloat32), -1, swap);
+  this->ExpectDetected(Mutant(DType::kFloat32), 500 * 16 + 7, swap);
+  this->ExpectDetected(Mutant(DType::kBFloat16), 500 * 16 + 7, swap);
+}
+
+TYPED_TEST(DecodeMutantTest, AWrongHeadGroupIsDetected) {
+  const auto shift = [&](DecodeRig& rig, const DecodeCase& step, std::vector<int32_t>&) -> absl::Status {
+    // One head further on: head 0 reads head 1's keys and values, the last one the next slot's first.
+    const size_t head = step.shape().head_dim * attention::SizeOf(step.shape().dtype);
+    const size_t page = head * step.shape().kv_heads * step.shape().page_size;
+    rig.tensors.k = rig.tensors.k.Sub(head, rig.tensors.k.size() - page);
+    rig.tensors.v = rig.tensors.v.Sub(head, rig.tensors.v.size() - page);
+    return absl::OkStatus();
+  };
+  for (const int32_t needle : {-1, 9000}) {
+    this->ExpectDetected(Mutant(DType::kFloat32), needle, shift);
+    this->ExpectDetected(Mutant(DType::kBFloat16), needle, shift);
+  }
+}
+
+TYPED_TEST(DecodeMutantTest, AMissingSplitIsDetected) {
+  const auto drop = [&](DecodeRig&, const DecodeCase&, std::vector<int32_t>& planned) {
+    planned[0] -= 128;  // the size of the smallest item
+    return absl::OkStatus();
+  };
+  this->ExpectDetected(Mutant(DType::kFloat32), -1, drop);
+  this->ExpectDetected(Mutant(DType::kFloat32), kLong - 100, drop);
+  this->ExpectDetected(Mutant(DType::kBFloat16), kLong - 100, drop);
+}
+
+// --- misuse ---
+
+TYPED_TEST(PagedDecodeTest, TensorsThatAreTooSmallAreRefusedByName) {
+  const DecodeCase step({.seed = 700}, {40, 50}, {-1, -1});
+  ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
+  const attention::DecodeTensors good = this->rig_->tensors;
+  const auto refused = [&](auto change, const char* part) {
+    attention::DecodeTensors tensors = good;
+    change(tensors);
+    EXPECT_STATUS(this->rig_->decode().Run(*this->stream_, {4, 4}, tensors), kInvalidArgument, part);
+  };
+  refused([](auto& t) { t.q = t.q.Sub(0, t.q.size() - 4); }, "q has 1023 elements, needs 1024");
+  refused([](auto& t) { t.q = t.q.Sub(4, t.q.size() - 4); }, "q has");
+  refused([](auto& t) { t.k = t.k.Sub(4, t.k.size() - 4); }, "k must be aligned to 16");
+  refused([](auto& t) { t.k = {}; }, "k has 0 elements");
+  refused([](auto& t) { t.v = t.v.Sub(0, t.v.size() / 2); }, "v has");
+  refused([](auto& t) { t.out = {}; }, "out has 0 elements");
+  refused([](auto& t) { t.lse = t.lse.Sub(0, 15); }, "lse has 15 elements, needs 16");
+  refused([](auto& t) { t.kv_indptr = t.kv_indptr.Sub(0, 4); }, "kv_indptr has 4 elements, needs 5");
+  refused([](auto& t) { t.lengths = t.lengths.Sub(0, 3); }, "lengths has 3 elements, needs 4");
+  EXPECT_STATUS(this->rig_->decode().Run(*this->stream_, {5, 5}, good), kNotFound, "{5 requests, 5 tokens}");
+}
+
+TYPED_TEST(PagedDecodeTest, AScaleThatIsNotPositiveIsRefused) {
+  const DecodeCase step({.seed = 701}, {4}, {-1});
+  ASSERT_OK(this->Prepare(step, {.buckets = {1}}));
+  for (const float scale : {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::nanf("")}) {
+    EXPECT_STATUS(attention::PagedDecode::Create(this->rig_->plan(), scale), kInvalidArgument, "scale");
+  }
+}
+
+TYPED_TEST(PagedDecodeTest, RunAllocatesNothing) {
+  const DecodeCase step({.seed = 702}, {40}, {-1});
+  ASSERT_OK(this->Prepare(step, {.buckets = {1}}));
+  ASSERT_OK(this->rig_->Begin(1, step, 1));
+  const size_t before = this->device_->total_allocations();
+  ASSERT_OK(this->rig_->decode().Run(*this->stream_, {1, 1}, this->rig_->tensors));
+  EXPECT_EQ(this->device_->total_allocations(), before);
+  ASSERT_OK(this->stream_->Synchronize());
+}
+
+TEST(DecodeVariants, SharedMemoryOfEveryVariantFitsABlock) {
+  for (const DecodeVariant& variant : attention::DecodeVariants()) {
+    EXPECT_EQ(variant.shared_bytes, attention::DecodeSharedBytes(attention::SizeOf(variant.dtype), variant.head_dim));
+    EXPECT_LE(variant.shared_bytes, 227 * 1024);
+    EXPECT_EQ(attention::FindDecodeVariant(variant.dtype, variant.head_dim), &variant);
+  }
+  EXPECT_EQ(attention::FindDecodeVariant(DType::kFloat32, 96), nullptr);
+}
+
+}  // namespace
+}  // namespace pristine::testing

@@ -1,0 +1,98 @@
+#include "examples/replay_driver/options.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "tests/support/status_matchers.h"
+
+namespace pristine::replay_driver {
+namespace {
+
+TEST(Options, DefaultsAreTheMainJob) {
+  ASSERT_OK_AND_ASSIGN(const Options options, ParseOptions({}));
+  EXPECT_TRUE(options.synthetic());
+  EXPECT_EQ(options.step_limit(), 1500);
+  EXPECT_EQ(options.buckets, (std::vector<int32_t>{1, 2, 4, 8, 16, 32}));
+  EXPECT_EQ(options.kv_tokens, 131072);
+  EXPECT_EQ(options.window, 512);
+  EXPECT_EQ(options.compare_eager, 100);
+}
+
+TEST(Options, BucketsAreThePowersOfTwoBelowMaxBatchAndMaxBatch) {
+  ASSERT_OK_AND_ASSIGN(const Options options, ParseOptions({"--max-batch=12"}));
+  EXPECT_EQ(options.buckets, (std::vector<int32_t>{1, 2, 4, 8, 12}));
+  ASSERT_OK_AND_ASSIGN(const Options one, ParseOptions({"--max-batch=1"}));
+  EXPECT_EQ(one.buckets, (std::vector<int32_t>{1}));
+}
+
+TEST(Options, AFileRunsToItsEnd) {
+  ASSERT_OK_AND_ASSIGN(const Options options, ParseOptions({"--trace=requests.csv"}));
+  EXPECT_GT(options.step_limit(), int64_t{1} << 60);
+  ASSERT_OK_AND_ASSIGN(const Options named, ParseOptions({"--trace=requests", "--format=azure-csv", "--steps=7"}));
+  EXPECT_EQ(named.step_limit(), 7);
+}
+
+TEST(Options, HelpNamesEveryOptionOfTheIssue) {
+  const std::string help = HelpText();
+  for (const char* name : {"device",  "trace",  "format",        "steps",        "repeat",    "step-ms",   "max-batch",
+                           "buckets", "dtype",  "heads",         "kv-heads",     "head-dim",  "page-size", "kv-tokens",
+                           "layers",  "window", "sparse-block",  "topk-blocks",  "kv-groups", "dense-len", "plan-from",
+                           "restore", "check",  "compare-eager", "compare-rows", "seed",      "report",    "quiet"}) {
+    EXPECT_NE(help.find(std::string("  --") + name), std::string::npos) << name;
+  }
+  // A value that --help asks for is not needed to be understood: everything else may be wrong.
+  ASSERT_OK_AND_ASSIGN(const Options options, ParseOptions({"--help"}));
+  EXPECT_TRUE(options.help);
+}
+
+struct BadCase {
+  std::vector<std::string> args;
+  std::string part;  // of the message
+};
+
+class BadOptions : public ::testing::TestWithParam<BadCase> {};
+
+TEST_P(BadOptions, AreRefusedWithNameValueAndWhatIsAccepted) {
+  EXPECT_STATUS(ParseOptions(GetParam().args), kInvalidArgument, GetParam().part);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Table, BadOptions,
+    ::testing::Values(
+        BadCase{{"steps=4"}, "'steps=4': expected an option --name=value"},
+        BadCase{{"--stepz=4"}, "--stepz: no such option"}, BadCase{{"--"}, "no such option"},
+        BadCase{{"--steps"}, "--steps: expected --steps=N"}, BadCase{{"--quiet=1"}, "expected --quiet without a value"},
+        BadCase{{"--steps="}, "--steps=: expected an integer in [1,"},
+        BadCase{{"--steps=0"}, "--steps=0: expected an integer in [1,"},
+        BadCase{{"--steps=-3"}, "--steps=-3: expected an integer"},
+        BadCase{{"--steps=99999999999999999999"}, "expected an integer"},
+        BadCase{{"--steps=1e3"}, "--steps=1e3: expected an integer"},
+        BadCase{{"--steps=1099511627776"}, "expected at most 10^10 ms"},
+        BadCase{{"--max-batch=4097"}, "--max-batch=4097: expected an integer in [1, 4096]"},
+        BadCase{{"--buckets=1,2,x"}, "--buckets=1,2,x: expected requests per bucket, ascending"},
+        BadCase{{"--buckets=4,2"}, "ascending"}, BadCase{{"--buckets=0,32"}, "ascending"},
+        BadCase{{"--buckets="}, "ascending"},
+        BadCase{{"--buckets=1,2"}, "--buckets ends with 2: expected --max-batch, which is 32"},
+        BadCase{{"--dtype=float16"}, "--dtype=float16: expected one of float32, bfloat16"},
+        BadCase{{"--heads=3"}, "--heads=3: expected a multiple of --kv-heads, which is 2"},
+        BadCase{{"--kv-groups=3"}, "--kv-groups=3: expected a divisor of --kv-heads"},
+        BadCase{{"--head-dim=96"}, "--head-dim=96: expected 64 or 128"}, BadCase{{"--layers=1"}, "--layers=1"},
+        BadCase{{"--kv-tokens=8", "--page-size=16"}, "--kv-tokens=8: expected at least one page, which is 16 tokens"},
+        BadCase{{"--sparse-block=65536", "--topk-blocks=65536"}, "expected a product that fits in 31 bits"},
+        BadCase{{"--kv-tokens=268435456", "--heads=64", "--kv-heads=64", "--kv-groups=64"}, "fits in 31 bits"},
+        BadCase{{"--plan-from=hope"}, "--plan-from=hope: expected one of lengths, live"},
+        BadCase{{"--restore=on"}, "--restore=on: expected one of graph, stream, off"},
+        BadCase{{"--check=maybe"}, "--check=maybe: expected one of off, sampled, always"},
+        BadCase{{"--device=gpu"}, "--device=gpu: expected auto, host, cuda or cuda:N"},
+        BadCase{{"--device=cuda:"}, "--device=cuda:: expected"}, BadCase{{"--device=cuda:-1"}, "expected auto, host"},
+        BadCase{{"--seed=-1"}, "--seed=-1: expected an integer in [0, 2^64)"},
+        BadCase{{"--trace="}, "--trace=: expected synthetic|FILE"},
+        BadCase{{"--trace=requests.jsonl"}, "expected .csv, or --format=azure-csv"},
+        BadCase{{"--format=jsonl"}, "--format=jsonl: expected azure-csv"},
+        BadCase{{"--report="}, "--report=: expected FILE.json"},
+        BadCase{{"--compare-eager=-1"}, "--compare-eager=-1: expected an integer in [0,"}));
+
+}  // namespace
+}  // namespace pristine::replay_driver

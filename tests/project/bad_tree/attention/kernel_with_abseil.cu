@@ -1,0 +1,1 @@
+#include "pristine/buffers/cuda_in_public.h"

@@ -1,0 +1,1 @@
+#include "buffers/staging_ring.h"

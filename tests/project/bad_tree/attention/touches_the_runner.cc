@@ -1,0 +1,1 @@
+#include "pristine/graph_runtime/graph_runner.h"

@@ -1,0 +1,3 @@
+#include <cuda_runtime.h>
+
+#include "absl/status/status.h"

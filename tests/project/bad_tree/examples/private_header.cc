@@ -1,0 +1,1 @@
+#include "graph_runtime/host/host_stream.h"

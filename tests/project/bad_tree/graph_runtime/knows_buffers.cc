@@ -1,0 +1,1 @@
+#include "pristine/buffers/buffer_manager.h"

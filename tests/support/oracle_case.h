@@ -1,0 +1,73 @@
+// A made-up decode step: queries, a KV pool with scattered pages, and what attention over it must give.
+#ifndef PRISTINE_TESTS_SUPPORT_ORACLE_CASE_H_
+#define PRISTINE_TESTS_SUPPORT_ORACLE_CASE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "pristine/attention/types.h"
+#include "tests/support/oracle.h"
+
+namespace pristine::testing {
+
+struct DecodeShape {
+  attention::DType dtype = attention::DType::kFloat32;
+  int32_t q_heads = 4, kv_heads = 2, head_dim = 64;
+  int32_t page_size = 1;
+  int32_t window = 0;
+  uint64_t seed = 1;
+  std::string ToString() const;
+};
+
+// K and V of (row, position, head) come from a hash. A needle is a position of a row whose key carries at least half of
+// the mass and whose value row encodes row, head, position and page. Slots that belong to no position are NaN, but for
+// page 0, the dummy page, which is zeros. Pages are handed out in a scrambled order.
+class DecodeCase {
+ public:
+  // needles[r]: a position of row r, or -1. It may lie at or past lengths[r] as long as the row's pages hold it: such a
+  // key must not be seen.
+  DecodeCase(const DecodeShape& shape, const std::vector<int32_t>& lengths, const std::vector<int32_t>& needles);
+
+  const DecodeShape& shape() const { return shape_; }
+  const std::vector<int32_t>& lengths() const { return lengths_; }
+  const std::vector<int32_t>& indptr() const { return indptr_; }    // pages
+  const std::vector<int32_t>& indices() const { return indices_; }  // page numbers
+  int32_t num_pages() const { return num_pages_; }
+  int32_t rows() const { return static_cast<int32_t>(lengths_.size()); }
+  std::vector<std::byte> Q() const;                // [rows, q_heads, head_dim] in dtype
+  std::vector<std::byte> Pool(bool values) const;  // [num_pages, page_size, kv_heads, head_dim] in dtype
+
+  // Attention of (row, q_head) over those positions of the row's window that `attended` accepts (null: all).
+  OracleRow Expected(int32_t row, int32_t q_head, const std::function<bool(int32_t)>& attended = nullptr) const;
+
+ private:
+  double Scale() const;
+  double Query(int32_t row, int32_t q_head, int32_t d) const;
+  double Key(int32_t row, int32_t position, int32_t kv_head, int32_t d) const;
+  double Value(int32_t row, int32_t position, int32_t kv_head, int32_t d) const;
+  // Uniform with mean 0 and variance 1, rounded to dtype.
+  double Noise(uint64_t what, int32_t row, int32_t position, int32_t head, int32_t d) const;
+  double Round(double value) const;
+
+  const DecodeShape shape_;
+  const std::vector<int32_t> lengths_;
+  const std::vector<int32_t> needles_;
+  std::vector<int32_t> indptr_, indices_;
+  int32_t num_pages_ = 0;
+};
+
+// Conversions between doubles or floats and the bytes of a dtype.
+std::vector<std::byte> ToBytes(absl::Span<const float> values, attention::DType dtype);
+std::vector<float> ToFloats(absl::Span<const std::byte> bytes, attention::DType dtype);
+
+// The positions where an off-by-one would show: first and last, both sides of the first and of the last page edge and
+// of every `split` tokens' edge, both sides of the window's edge, and one past the end where the last page holds it.
+std::vector<int32_t> NeedlePositions(const DecodeShape& shape, int32_t length, int32_t split);
+
+}  // namespace pristine::testing
+
+#endif  // PRISTINE_TESTS_SUPPORT_ORACLE_CASE_H_

@@ -1,0 +1,75 @@
+#include <cuda_runtime.h>
+
+#include "tests/support/test_kernels.h"
+
+namespace pristine::testing {
+namespace {
+
+constexpr int kThreads = 128;
+
+__device__ unsigned long long Now() {
+  unsigned long long nanoseconds;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+  return nanoseconds;
+}
+
+__global__ void AddOneKernel(AddOneParams p) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += stride) ++p.values[i];
+}
+
+__global__ void SetValueKernel(SetValueParams p) { p.values[p.index] = p.value; }
+
+__global__ void CopyIntsKernel(CopyIntsParams p) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += stride) {
+    p.to[i] = p.from[i];
+  }
+}
+
+__global__ void SpinKernel(SpinParams p) {
+  const unsigned long long deadline = Now() + 20'000'000'000ull;
+  while (*static_cast<volatile int*>(p.flag) == 0 && Now() < deadline) __nanosleep(1000);
+}
+
+__global__ void DelayKernel(DelayParams p) {
+  const unsigned long long end = Now() + static_cast<unsigned long long>(p.nanoseconds);
+  while (Now() < end) {
+  }
+}
+
+__global__ void NothingKernel() {}
+
+}  // namespace
+
+int AddOneCuda(CUstream_st* stream, const AddOneParams& p) {
+  AddOneKernel<<<4, kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+int SetValueCuda(CUstream_st* stream, const SetValueParams& p) {
+  SetValueKernel<<<1, 1, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+int CopyIntsCuda(CUstream_st* stream, const CopyIntsParams& p) {
+  CopyIntsKernel<<<4, kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+int SpinCuda(CUstream_st* stream, const SpinParams& p) {
+  SpinKernel<<<1, 1, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+int FailCuda(CUstream_st* stream, const FailParams&) {
+  NothingKernel<<<1, 4096, 0, stream>>>();  // more threads than a block can have
+  return cudaGetLastError();
+}
+
+int DelayCuda(CUstream_st* stream, const DelayParams& p) {
+  DelayKernel<<<1, 1, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace pristine::testing
