@@ -22,9 +22,9 @@ namespace {
 size_t RoundUp(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 absl::Status CheckOptions(const ManagerOptions& options) {
-  if (options.staging_slots < 2 || options.staging_slots > 64) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("ManagerOptions::staging_slots is ", options.staging_slots, "; it must be in [2, 64]"));
+  if (options.staging_slots < 2 || options.staging_slots > buffers::kMaxSlots) {
+    return absl::InvalidArgumentError(absl::StrCat("ManagerOptions::staging_slots is ", options.staging_slots,
+                                                   "; it must be in [2, ", buffers::kMaxSlots, "]"));
   }
   if (options.sample_every < 1) {
     return absl::InvalidArgumentError(

@@ -6,6 +6,7 @@
 #include "buffers/manager_impl.h"
 #include "pristine/graph_runtime/launch.h"
 #include "pristine/graph_runtime/status.h"
+#include "pristine/graph_runtime/trace.h"
 
 namespace pristine {
 
@@ -49,6 +50,7 @@ absl::Status BufferManager::WaitForSlot() {
 
 absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::Span<const std::byte> values,
                                         size_t size) {
+  const ScopedRange range("refill");
   const Impl::Call call(*impl_);
   if (!call.entered()) return SecondThread();
   Impl& impl = *impl_;

@@ -7,8 +7,7 @@
 #include "attention/kernels/plan_layout.h"
 
 namespace pristine::attention {
-
-namespace hot {
+namespace {
 
 template <class T>
 __global__ void MergeStates(const MergeStatesParams p) {
@@ -34,13 +33,13 @@ __global__ void MergeStates(const MergeStatesParams p) {
   if (p.lse != nullptr && d == 0) p.lse[place].value = mass == 0.0f ? -CUDART_INF_F : top + log2f(mass);
 }
 
-}  // namespace hot
+}  // namespace
 
 template <class T>
 int MergeStatesCuda(CUstream_st* stream, const MergeStatesParams& params) {
   void* arguments[] = {const_cast<MergeStatesParams*>(&params)};
   const dim3 grid(static_cast<unsigned>(params.rows), static_cast<unsigned>(params.q_heads));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&hot::MergeStates<T>), grid,
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&MergeStates<T>), grid,
                           dim3(static_cast<unsigned>(params.head_dim)), arguments, 0, stream);
 }
 

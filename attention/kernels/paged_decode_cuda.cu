@@ -7,9 +7,7 @@
 #include "attention/kernels/plan_layout.h"
 
 namespace pristine::attention {
-
-// ./run cuda refuses spills in the kernels of this namespace.
-namespace hot {
+namespace {
 
 constexpr int kWarps = kDecodeThreads / 32;
 constexpr int kTokensPerWarp = 16;  // of a tile: two lanes score one token, each half of its elements
@@ -50,7 +48,7 @@ __device__ inline void Unpack(const unsigned char* from, BFloat16, float (&to)[k
   }
 }
 
-// kHeads: query heads of one warp.
+// kHeads: query heads of one warp. Must not spill (cmake/hot_kernels.txt).
 template <class T, int kHeadDim, int kHeads>
 __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeParams p) {
   constexpr int kVec = 16 / sizeof(T);
@@ -85,7 +83,7 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
     }
   }
   const long long first_head = static_cast<long long>(item) * p.q_heads + kv_head * group;
-  if (begin < 0 || begin >= end) {
+  if (begin >= end) {
     for (int h = threadIdx.x; h < group; h += kDecodeThreads) p.partial_lse[first_head + h] = -CUDART_INF_F;
     return;
   }
@@ -232,21 +230,17 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
   }
 }
 
-}  // namespace hot
-
-namespace {
-
 template <class T, int kHeadDim, int kHeads>
 int LaunchDecode(CUstream_st* stream, const PagedDecodeParams& params) {
   void* arguments[] = {const_cast<PagedDecodeParams*>(&params)};
   const dim3 grid(static_cast<unsigned>(params.max_items), static_cast<unsigned>(params.kv_heads));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&hot::PagedDecode<T, kHeadDim, kHeads>), grid,
-                          dim3(kDecodeThreads), arguments, DecodeSharedBytes(sizeof(T), kHeadDim), stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&PagedDecode<T, kHeadDim, kHeads>), grid, dim3(kDecodeThreads),
+                          arguments, DecodeSharedBytes(sizeof(T), kHeadDim), stream);
 }
 
 template <class T, int kHeadDim, int kHeads>
 int SetSharedLimit() {
-  return cudaFuncSetAttribute(hot::PagedDecode<T, kHeadDim, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  return cudaFuncSetAttribute(PagedDecode<T, kHeadDim, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               DecodeSharedBytes(sizeof(T), kHeadDim));
 }
 

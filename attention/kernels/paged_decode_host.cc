@@ -33,12 +33,32 @@ Range Clip(const PagedDecodeParams& p, const int32_t* item) {
   return {std::max<int64_t>(item[1], visible), std::min<int64_t>(item[2], length), first};
 }
 
-// The element offset of a position's row in the pool, or -1 where the page does not exist.
-int64_t PoolOffset(const PagedDecodeParams& p, int64_t first_page, int64_t position, int32_t kv_head) {
-  const int64_t page = p.kv_indices[first_page + position / p.page_size];
-  if (page < 0 || page >= p.num_pages) return -1;
-  return ((page * p.page_size + position % p.page_size) * p.kv_heads + kv_head) * p.head_dim;
-}
+// Walks the positions of a row and says where each lies in the pool.
+class PoolCursor {
+ public:
+  PoolCursor(const PagedDecodeParams& p, const Range& range, int32_t kv_head)
+      : params_(p),
+        kv_head_(kv_head),
+        page_(p.kv_indices + range.first_page + range.begin / p.page_size),
+        in_page_(range.begin % p.page_size) {}
+  // The element offset of the position's row, or -1 where the page does not exist.
+  int64_t Offset() const {
+    const int64_t page = *page_;
+    if (page < 0 || page >= params_.num_pages) return -1;
+    return ((page * params_.page_size + in_page_) * params_.kv_heads + kv_head_) * params_.head_dim;
+  }
+  void Advance() {
+    if (++in_page_ < params_.page_size) return;
+    in_page_ = 0;
+    ++page_;
+  }
+
+ private:
+  const PagedDecodeParams& params_;
+  const int32_t kv_head_;
+  const int32_t* page_;
+  int64_t in_page_;
+};
 
 template <int kHeadDim>
 float Dot(const float* a, const float* b) {
@@ -90,10 +110,11 @@ void RunItem(const PagedDecodeParams& p, int32_t item, int32_t row, const Range&
   }
   float k_storage[kBlock][kHeadDim], v_storage[kBlock][kHeadDim], weights[kBlock];
   const float *k_rows[kBlock], *v_rows[kBlock];
+  PoolCursor cursor(p, range, kv_head);
   for (int64_t block = range.begin; block < range.end; block += kBlock) {
     int count = 0;
-    for (int64_t position = block; position < std::min(block + kBlock, range.end); ++position) {
-      const int64_t offset = PoolOffset(p, range.first_page, position, kv_head);
+    for (int64_t position = block; position < std::min(block + kBlock, range.end); ++position, cursor.Advance()) {
+      const int64_t offset = cursor.Offset();
       if (offset < 0) continue;
       k_rows[count] = FloatRow<kHeadDim>(k + offset, k_storage[count]);
       v_rows[count] = FloatRow<kHeadDim>(v + offset, v_storage[count]);
@@ -141,7 +162,7 @@ int PagedDecodeHost(const PagedDecodeParams& p) {
   for (int32_t i = 0; i < count; ++i) {
     const int32_t* item = items + int64_t{3} * i;
     const Range range = Clip(p, item);
-    if (range.begin < 0 || range.begin >= range.end) {
+    if (range.begin >= range.end) {
       for (int32_t h = 0; h < p.q_heads; ++h) p.partial_lse[int64_t{i} * p.q_heads + h] = kMinusInfinity;
       continue;
     }

@@ -14,6 +14,7 @@
 namespace pristine::buffers {
 
 inline constexpr int kMaxChunks = 16;
+inline constexpr int kMaxSlots = 64;
 inline constexpr int64_t kTileBytes = 16 << 10;  // of one buffer: what one block handles at a time
 
 // What the kernel knows of a buffer. Rules are resolved to numbers when it is registered (rules.h).

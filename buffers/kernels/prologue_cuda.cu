@@ -21,34 +21,42 @@ struct Step {
 
 __device__ int32_t KindOf(Violation::Kind kind) { return static_cast<int32_t>(kind); }
 
-__device__ Step ReadStep(const PrologueParams& p) {
+// A slot's header. Each is loaded by a thread of its own, so that all of them cost one round trip to memory.
+struct Armed {
+  uint64_t sequence;
+  int32_t bucket_requests, bucket_tokens, requests, tokens;
+  uint32_t check;
+};
+
+__device__ Armed ReadSlot(const PrologueParams& p, uint32_t slot) {
+  const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(p.slots + static_cast<int64_t>(slot) * p.slot_stride);
+  return {header.sequence,        header.bucket.requests, header.bucket.tokens,
+          header.extent.requests, header.extent.tokens,   header.check};
+}
+
+__device__ Step ChooseStep(const PrologueParams& p, const Armed* slots, uint64_t consumed) {
   Step step = {};
   step.requests = p.bucket.requests;
   step.tokens = p.bucket.tokens;
   if (p.mode != PrologueMode::kReplay) return step;
-  uint32_t newest_slot = 0;
-  for (uint32_t i = 0; i < p.num_slots; ++i) {
-    const uint64_t sequence =
-        reinterpret_cast<const SlotHeader*>(p.slots + static_cast<int64_t>(i) * p.slot_stride)->sequence;
-    if (i == 0 || sequence > step.newest) {
-      step.newest = sequence;
-      newest_slot = i;
-    }
+  uint32_t newest = 0;
+  for (uint32_t i = 1; i < p.num_slots; ++i) {
+    if (slots[i].sequence > slots[newest].sequence) newest = i;
   }
-  step.consumed = p.control->consumed;
-  step.not_armed = step.newest <= step.consumed;
-  step.replay = step.not_armed ? step.consumed : step.newest;
+  const Armed& armed = slots[newest];
+  step.newest = armed.sequence;
+  step.consumed = consumed;
+  step.not_armed = step.newest <= consumed;
+  step.replay = step.not_armed ? consumed : step.newest;
   if (step.not_armed) return step;
-  step.armed_twice = step.newest > step.consumed + 1;
-  const std::byte* const slot = p.slots + static_cast<int64_t>(newest_slot) * p.slot_stride;
-  const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(slot);
-  step.wrong_bucket = header.bucket.requests != p.bucket.requests || header.bucket.tokens != p.bucket.tokens;
-  step.other_requests = header.bucket.requests;
+  step.armed_twice = step.newest > consumed + 1;
+  step.wrong_bucket = armed.bucket_requests != p.bucket.requests || armed.bucket_tokens != p.bucket.tokens;
+  step.other_requests = armed.bucket_requests;
   if (step.wrong_bucket) return step;
-  step.requests = header.extent.requests;
-  step.tokens = header.extent.tokens;
-  step.check = header.check != 0;
-  step.slot = slot;
+  step.requests = armed.requests;
+  step.tokens = armed.tokens;
+  step.check = armed.check != 0;
+  step.slot = p.slots + static_cast<int64_t>(newest) * p.slot_stride;
   return step;
 }
 
@@ -230,16 +238,13 @@ __device__ void DoTile(const PrologueParams& p, const Step& step, const BufferRe
   }
 }
 
-// The buffer that tile `tile` of a chunk belongs to. All threads look at once: a search would be a chain of loads.
-__device__ const BufferRecord& RecordOf(const ChunkTable& chunk, int64_t tile) {
-  __shared__ int32_t found;
-  __syncthreads();  // the answer before has been read
+// Finds the buffer that tile `tile` of a chunk belongs to: its index goes to `found`, which is shared. All threads look
+// at once: a search would be a chain of loads.
+__device__ void FindRecord(const ChunkTable& chunk, int64_t tile, int32_t& found) {
   for (int32_t i = threadIdx.x; i < chunk.count; i += kThreads) {
     const int64_t end = i + 1 < chunk.count ? chunk.records[i + 1].first_tile : chunk.tiles;
     if (chunk.records[i].first_tile <= tile && tile < end) found = i;
   }
-  __syncthreads();
-  return chunk.records[found];
 }
 
 // --- what the last block does when all others are done ---
@@ -325,7 +330,7 @@ __device__ void Neutralise(const PrologueParams& p) {
   });
 }
 
-// Thread 0 of the last block.
+// Thread 0 of the last block. No fence: it would cost a round trip over the bus, and the host needs no order here.
 __device__ void Publish(const PrologueParams& p, const Step& step) {
   Control& control = *p.control;
   if (p.mode == PrologueMode::kReplay) control.consumed = step.replay;
@@ -344,23 +349,32 @@ __device__ void Publish(const PrologueParams& p, const Step& step) {
   board.expected_writes = control.expected_writes;
   board.healed = control.healed;
   board.neutralised = control.neutralised;
-  __threadfence_system();
   board.consumed = control.consumed;
 }
 
 __global__ void __launch_bounds__(kThreads) PrologueKernel(const __grid_constant__ PrologueParams p) {
+  __shared__ Armed slots[kMaxSlots];
+  __shared__ uint64_t consumed;
   __shared__ Step step;
+  __shared__ int32_t found;
   __shared__ bool last;
-  if (threadIdx.x == 0) step = ReadStep(p);
+  if (p.mode == PrologueMode::kReplay) {
+    if (threadIdx.x < p.num_slots) slots[threadIdx.x] = ReadSlot(p, threadIdx.x);
+    if (threadIdx.x == kThreads - 1) consumed = p.control->consumed;
+  }
   __syncthreads();
+  if (threadIdx.x == 0) step = ChooseStep(p, slots, consumed);
 
   int64_t tile = blockIdx.x;
   int64_t first = 0;  // tile number of the chunk's first
   for (int32_t c = 0; c < p.num_chunks; ++c) {
     const ChunkTable& chunk = p.chunks[c];
     for (; tile < first + chunk.tiles; tile += gridDim.x) {
-      const BufferRecord& record = RecordOf(chunk, tile - first);
+      FindRecord(chunk, tile - first, found);
+      __syncthreads();
+      const BufferRecord& record = chunk.records[found];
       if (Covers(p, record)) DoTile(p, step, record, tile - first - record.first_tile);
+      __syncthreads();  // `found` has been read
     }
     first += chunk.tiles;
   }

@@ -105,7 +105,7 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
       report.exit_reason = absl::StrCat("--report=", options->report, ": could not be written in full");
     }
   }
-  if (!options->quiet && trace.ok()) PrintSummary(report, environment.out);
+  if (!options->quiet && !report.device.empty()) PrintSummary(report, environment.out);
   if (!options->quiet) {
     for (const std::string& refused : report.requests_refused.entries()) {
       environment.err << "replay_driver: refused: " << refused << "\n";

@@ -1,5 +1,6 @@
 #include "graph_runtime/cuda/cuda_graph.h"
 
+#include <functional>
 #include <queue>
 #include <string>
 #include <unordered_map>

@@ -131,8 +131,18 @@ void AccessGuard::Unwatch(int64_t id) {
   const auto found = std::find_if(owned_.begin(), owned_.end(), [id](const std::unique_ptr<Region>& region) {
     return region->watched() && region->id == id;
   });
-  if (found == owned_.end()) return;
-  Region& region = **found;
+  if (found != owned_.end()) EndWatch(**found, lock);
+}
+
+void AccessGuard::UnwatchRange(const void* address, size_t bytes) {
+  std::unique_lock lock(mutex_);
+  for (size_t i = 0; i < owned_.size(); ++i) {  // the wait lets others add regions
+    Region& region = *owned_[i];
+    if (region.watched() && Overlap(address, bytes, region.begin, region.end)) EndWatch(region, lock);
+  }
+}
+
+void AccessGuard::EndWatch(Region& region, std::unique_lock<std::mutex>& lock) {
   region.state = Region::State::kEnding;
   region.Protect(PROT_READ | PROT_WRITE);
   const uint64_t now = next_sequence_;

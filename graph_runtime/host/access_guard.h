@@ -35,6 +35,8 @@ class AccessGuard {
   absl::StatusOr<int64_t> Watch(const WatchedRegion& region, Watcher* watcher);
   // Waits for running nodes.
   void Unwatch(int64_t id);
+  // The memory is about to be freed: ends what still watches it.
+  void UnwatchRange(const void* address, size_t bytes);
 
   struct Region;
 
@@ -72,6 +74,7 @@ class AccessGuard {
     UndeclaredWrite write;
   };
   Region* FreeRegion();
+  void EndWatch(Region& region, std::unique_lock<std::mutex>& lock);
   void Compare(Region& region, std::vector<Report>& reports);
   std::string Suspects(const Region& region) const;
   bool OthersRunning(const Region& region, const Node* but) const;

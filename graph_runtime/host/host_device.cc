@@ -38,7 +38,10 @@ class HostDevice final : public Device {
   }
 
   absl::StatusOr<void*> DoAllocate(size_t bytes, const char* name) override { return heap_.Allocate(bytes, name); }
-  void DoFree(void* address, size_t bytes) noexcept override { heap_.Free(address, bytes); }
+  void DoFree(void* address, size_t bytes) noexcept override {
+    if (guard_ != nullptr) guard_->UnwatchRange(address, bytes);
+    heap_.Free(address, bytes);
+  }
 
   absl::Status DoAllocatePinned(size_t bytes, void** host, void** device_address) override {
     PRISTINE_ASSIGN_OR_RETURN(*host, host::AllocatePages(bytes));

@@ -244,6 +244,7 @@ TYPED_TEST(DecodePlanTest, PlanNeedsAStepABucketAndWholeRequests) {
   DecodePlanConfig config = Config();
   config.rows_per_request = 2;
   ASSERT_OK_AND_ASSIGN(this->plan_, DecodePlan::Create(*this->manager_, config));
+  ASSERT_OK(this->manager_->Seal());
   EXPECT_STATUS(this->plan_->Plan({4, 4}, {1, 2}), kFailedPrecondition, "");
   ASSERT_OK(this->manager_->BeginStep({4, 4}, {1, 1}));
   EXPECT_STATUS(this->plan_->Plan({8, 8}, {1, 2}), kNotFound, "{8 requests, 8 tokens}");

@@ -88,6 +88,7 @@ class DecodeRig {
           return self->decode_->Run(queue, bucket, self->tensors);
         }));
     PRISTINE_RETURN_IF_ERROR(rig->runner_->AddHook(*rig->manager_));
+    PRISTINE_RETURN_IF_ERROR(rig->manager_->Seal());
     rig->tensors = {.q = rig->q_.As<const std::byte>(),
                     .k = rig->k_.As<const std::byte>(),
                     .v = rig->v_.As<const std::byte>(),

@@ -7,14 +7,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <atomic>
 #include <charconv>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,30 +22,8 @@
 #include "pristine/graph_runtime/graph_runner.h"
 #include "pristine/graph_runtime/launch.h"
 #include "pristine/graph_runtime/status.h"
+#include "tests/benchmarks/allocation_count.h"
 #include "tests/benchmarks/spin.h"
-
-namespace {
-std::atomic<int64_t> allocations{0};
-
-void* CountedAllocate(size_t bytes, size_t alignment) {
-  ++allocations;
-  void* memory = alignment <= alignof(std::max_align_t)
-                     ? std::malloc(bytes == 0 ? 1 : bytes)
-                     : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-  if (memory == nullptr) std::abort();
-  return memory;
-}
-}  // namespace
-
-// Every C++ allocation of this program, the library's included.
-void* operator new(size_t bytes) { return CountedAllocate(bytes, 1); }
-void* operator new(size_t bytes, std::align_val_t alignment) {
-  return CountedAllocate(bytes, static_cast<size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace pristine::benchmarks {
 
@@ -304,7 +279,7 @@ class Pair {
   absl::Status RunReplay(double* step_us, double* replay_us, double* gpu_us, int64_t* allocated) {
     PRISTINE_RETURN_IF_ERROR(ring_.Begin(native(), gpu_us));
     PRISTINE_RETURN_IF_ERROR(manager_->WaitForSlot());
-    const int64_t before = allocations;
+    const int64_t before = AllocationCount();
     const Timer step_timer;
     PRISTINE_RETURN_IF_ERROR(manager_->BeginStep(kBucket, kStep));
     for (size_t i = 0; i < buffers_.refilled.size(); ++i) {
@@ -314,7 +289,7 @@ class Pair {
     const Timer replay_timer;
     PRISTINE_RETURN_IF_ERROR(runner_->Replay(*stream_, kBucket, kStep));
     *replay_us = replay_timer.Microseconds();
-    *allocated += allocations - before;
+    *allocated += AllocationCount() - before;
     return ring_.End(native());
   }
 
@@ -331,7 +306,8 @@ class Pair {
 };
 
 void PrintTable(const char* check, const Samples& samples) {
-  std::printf("\ncheck %s%28s %9s %9s   us\n", check, "min", "median", "p99");
+  const std::string title = absl::StrCat("check ", check, ", us");
+  std::printf("\n%-30s %9s %9s %9s\n", title.c_str(), "min", "median", "p99");
   const auto row = [](const char* name, const std::vector<double>& values) {
     const Summary summary = Summarize(values);
     std::printf("  %-28s %9.2f %9.2f %9.2f\n", name, summary.min, summary.median, summary.p99);
@@ -343,7 +319,7 @@ void PrintTable(const char* check, const Samples& samples) {
   row("GPU  bare graph", samples.gpu_bare);
   row("GPU  replay", samples.gpu_replay);
   row("GPU  added", samples.gpu_added);
-  std::printf("  allocations on the hot path  %lld\n", static_cast<long long>(samples.allocations));
+  std::printf("  %-28s %9lld\n", "allocations, hot path", static_cast<long long>(samples.allocations));
 }
 
 std::string Json(const char* check, const Samples& samples) {
@@ -379,7 +355,8 @@ absl::Status Run(const Options& options) {
                 device->name().c_str(), kKernels, kKernelMicroseconds, kBucket.requests, kStep.requests);
     std::printf("at most %d launches in flight, %d samples of each, alternated\n", kInFlight, options.samples);
   }
-  std::string json = "[";
+  std::string json = absl::StrCat("{\"device\": \"", device->name(), "\", \"modes\": [");
+  bool first = true;
   int64_t allocated = 0;
   for (const Mode& mode : kModes) {
     PRISTINE_ASSIGN_OR_RETURN(auto pair, Pair::Create(*device, {.check = mode.check}));
@@ -388,12 +365,12 @@ absl::Status Run(const Options& options) {
     PRISTINE_RETURN_IF_ERROR(pair->CheckResults());
     allocated += samples.allocations;
     if (options.json) {
-      absl::StrAppend(&json, json.size() > 1 ? ",\n " : "", Json(mode.name, samples));
+      absl::StrAppend(&json, std::exchange(first, false) ? "\n " : ",\n ", Json(mode.name, samples));
     } else {
       PrintTable(mode.name, samples);
     }
   }
-  if (options.json) std::printf("%s]\n", json.c_str());
+  if (options.json) std::printf("%s]}\n", json.c_str());
   if (allocated != 0) return absl::InternalError(absl::StrCat("the hot path allocated ", allocated, " times"));
   return absl::OkStatus();
 }

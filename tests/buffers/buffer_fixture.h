@@ -85,8 +85,8 @@ class BufferTest : public DeviceTest<BackendT> {
   template <class T>
   std::vector<T> Read(DeviceSpan<T> span) {
     std::vector<T> values(span.size());
-    EXPECT_OK(stream()->CopyToHost({reinterpret_cast<std::byte*>(values.data()), values.size() * sizeof(T)},
-                                   AsBytes(span)));
+    EXPECT_OK(
+        stream()->CopyToHost({reinterpret_cast<std::byte*>(values.data()), values.size() * sizeof(T)}, AsBytes(span)));
     EXPECT_OK(stream()->Synchronize());
     return values;
   }

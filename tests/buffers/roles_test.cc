@@ -21,8 +21,7 @@ TYPED_TEST(RolesTest, ACleanReplayReportsNothing) {
   this->MakeManager(Always());
   const auto constant = this->Register(Spec("constant", Role::kConstant), {1, 2, 3});
   const auto restored = this->Register(Spec("restored", Role::kRestored), {4, 5, 6});
-  const auto lengths =
-      this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), {9, 9, 9, 9});
+  const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), {9, 9, 9, 9});
   this->Capture({kSmall, kLarge}, kEmptyBody);
   for (int step = 1; step <= 3; ++step) {
     ASSERT_OK(this->manager().BeginStep(kSmall, {1, 1}));
@@ -100,7 +99,7 @@ TYPED_TEST(RolesTest, ARestoredBufferComesBackWholeBeforeEachReplay) {
   EXPECT_EQ(Describe(this->Poll()), "");
   const BufferManager::Stats stats = this->manager().stats();
   EXPECT_EQ(stats.restored_bytes, 3 * size * 4);
-  EXPECT_EQ(stats.expected_writes, 3);  // the first replay found what the warm-up left
+  EXPECT_EQ(stats.expected_writes, 2);  // all but the first, before which the capture restored
 }
 
 TYPED_TEST(RolesTest, WarmUpsAndCapturesSeeTheOriginalsOfAllRoles) {
@@ -108,7 +107,7 @@ TYPED_TEST(RolesTest, WarmUpsAndCapturesSeeTheOriginalsOfAllRoles) {
   const auto constant = this->Register(Spec("constant", Role::kConstant), {1, 2});
   const auto restored = this->Register(Spec("restored", Role::kRestored), {3, 4});
   const auto refilled = this->Register(Spec("refilled", Role::kRefilled), {5, 6});
-  const auto seen = this->Register(Spec("seen", Role::kScratch), std::vector<int32_t>(6, 0));
+  const auto seen = this->EngineMemory(std::vector<int32_t>(6, 0));
   const std::vector<int32_t> originals = {1, 2, 3, 4, 5, 6};
   int runs = 0;
   this->Capture(
@@ -120,8 +119,8 @@ TYPED_TEST(RolesTest, WarmUpsAndCapturesSeeTheOriginalsOfAllRoles) {
         }
         int place = 0;
         for (const Buffer<int32_t>& buffer : {constant, restored, refilled}) {
-          PRISTINE_RETURN_IF_ERROR(Launch(stream, kCopyInts,
-                                          CopyIntsParams{seen.live.address() + place, buffer.live.address(), 2}));
+          PRISTINE_RETURN_IF_ERROR(
+              Launch(stream, kCopyInts, CopyIntsParams{seen.address() + place, buffer.live.address(), 2}));
           place += 2;
         }
         PRISTINE_RETURN_IF_ERROR(Launch(stream, kAddOne, AddOneParams{refilled.live.address(), 2}));
@@ -188,9 +187,9 @@ TYPED_TEST(RolesTest, AdoptedMemoryIsTreatedAlike) {
   const auto bound_memory = this->EngineMemory({0, 5, 10, 15, 20});
   ASSERT_OK_AND_ASSIGN(const auto constant,
                        this->manager().template Adopt<int32_t>(Spec("constant", Role::kConstant), constant_memory));
-  ASSERT_OK_AND_ASSIGN(
-      const auto bound, this->manager().template Adopt<int32_t>(
-                            Spec("indptr", Role::kRefilled, Kind::kIndptr, Axis::RequestsPlusOne()), bound_memory));
+  ASSERT_OK_AND_ASSIGN(const auto bound,
+                       this->manager().template Adopt<int32_t>(
+                           Spec("indptr", Role::kRefilled, Kind::kIndptr, Axis::RequestsPlusOne()), bound_memory));
   EXPECT_EQ(constant.live.address(), constant_memory.address());
   this->Capture({kLarge}, kEmptyBody);
   EXPECT_EQ(this->Read(bound), (std::vector<int32_t>{0, 5, 10, 15, 20})) << "its contents became the original";
@@ -211,8 +210,7 @@ TYPED_TEST(RolesTest, TwoManagersDoNotTouchEachOthersBuffers) {
   const auto mine = this->Register(Spec("restored", Role::kRestored), {1, 1});
   ASSERT_OK_AND_ASSIGN(auto other, BufferManager::Create(this->device(), Always()));
   const std::vector<int32_t> twos = {2, 2};
-  ASSERT_OK_AND_ASSIGN(const auto theirs,
-                       other->template Register<int32_t>(Spec("restored", Role::kRestored), twos));
+  ASSERT_OK_AND_ASSIGN(const auto theirs, other->template Register<int32_t>(Spec("restored", Role::kRestored), twos));
   ASSERT_OK(other->Seal());
   this->Capture({kLarge}, kEmptyBody);
   for (const auto& buffer : {mine, theirs}) this->Overwrite(AsWritableBytes(buffer.live).address(), std::byte{9});
@@ -233,8 +231,7 @@ TYPED_TEST(RolesTest, AnUndeclaredWriteIsReportedWithNodeBufferAndIndex) {
   bool pollute = false;
   this->Capture({kLarge}, [&](Stream& stream, const Extent&) -> absl::Status {
     if (!pollute) return absl::OkStatus();
-    PRISTINE_RETURN_IF_ERROR(
-        Launch(stream, kSetValueUndeclared, SetValueParams{constant.live.address(), 1999, 5}));
+    PRISTINE_RETURN_IF_ERROR(Launch(stream, kSetValueUndeclared, SetValueParams{constant.live.address(), 1999, 5}));
     return Launch(stream, kSetValueUndeclared, SetValueParams{pool.address(), 17, 5});
   });
   ASSERT_OK(this->Step(kLarge, kLarge));

@@ -57,6 +57,7 @@ class RunnerConformance : public ConformanceTest<BackendT> {
   }
   void TearDown() override {
     runner_.reset();
+    if (this->stream_ != nullptr) this->stream_->Synchronize().IgnoreError();  // before the memory goes
     counts_ = DeviceBuffer();
     ConformanceTest<BackendT>::TearDown();
   }

@@ -3,14 +3,17 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
+#include <ostream>
 #include <sstream>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "pristine/graph_runtime/stream.h"
 #include "tests/driver/run_driver.h"
 #include "tests/driver/traces.h"
+#include "tests/support/backends.h"
 
 namespace pristine::testing {
 namespace {
@@ -194,13 +197,13 @@ TEST(Driver, StepsWithNobodyActiveCountAndReplayNothing) {
 
 TEST(Driver, ARequestThatCouldNeverFitIsRefusedCountedAndNamed) {
   const TemporaryFile trace(".csv", std::string(kHeader) +
-                                        "2023-11-16 18:17:03.00,65536,1\n"
+                                        "2023-11-16 18:17:03.00,32768,1\n"
                                         "2023-11-16 18:17:03.30,0,2\n");
   const DriverResult result =
       RunDriver(SmallModel() + std::vector<std::string>{"--device=host", "--trace=" + trace.path()});
   EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
   EXPECT_EQ(result.report["requests_refused"].number, 1);
-  EXPECT_EQ(result.err, "replay_driver: refused: request 0 needs 65537 pages; the pool has 65536\n");
+  EXPECT_EQ(result.err, "replay_driver: refused: request 0 needs 32769 pages; the pool has 32768\n");
   EXPECT_EQ(result.report["requests_finished"].number, 1);
 }
 
@@ -228,29 +231,72 @@ TEST(Driver, RepeatServesTheRequestsAgainWithTheSameGraphs) {
   EXPECT_EQ(thrice.report["captures"].number, once.report["captures"].number);
 }
 
+// What an engine's next plan would trip over: kv_indptr_ws[2] is 0 once the replay is done.
+absl::Status DamageConvertedIndptr(Stream& stream, replay_driver::DecodeModel& model) {
+  return stream.Fill(AsWritableBytes(model.kv_indptr_ws().live.Sub(2, 1)), std::byte{0});
+}
+
+TEST(Driver, ALivePlanReadsTheConversionsBuffer) {
+  const DriverResult result = RunDriver(SmallRun() + std::vector<std::string>{"--plan-from=live", "--restore=off"},
+                                        {.after_replay = DamageConvertedIndptr});
+  EXPECT_EQ(result.code, ExitCode::kViolation);
+  EXPECT_NE(result.err.find("step 1: the planner refused"), std::string::npos) << result.err;
+  EXPECT_NE(result.err.find(" to 0 at index 2 (last written by graph decode"), std::string::npos) << result.err;
+}
+
+TEST(Driver, ARestoreOnTheStreamComesBeforeTheLivePlan) {
+  const DriverResult result = RunDriver(SmallRun() + std::vector<std::string>{"--plan-from=live", "--restore=stream"},
+                                        {.after_replay = DamageConvertedIndptr});
+  EXPECT_NE(result.err.find("plan and conversion disagree"), std::string::npos) << result.err;
+  EXPECT_EQ(result.report["steps"].number, 120);
+}
+
+TEST(Driver, APlanFromLengthsNeverReadsTheConversionsBuffer) {
+  const DriverResult result = RunDriver(SmallRun() + std::vector<std::string>{"--restore=off", "--compare-eager=0"},
+                                        {.after_replay = DamageConvertedIndptr});
+  EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
+}
+
 // Every comparison of every kind of model: sizes that share nothing with the defaults.
 struct Shape {
   const char* name;
   std::vector<std::string> args;
 };
-class Shapes : public ::testing::TestWithParam<Shape> {};
+void PrintTo(const Shape& shape, std::ostream* out) { *out << shape.name; }
+
+class Shapes : public ::testing::TestWithParam<std::tuple<const char*, Shape>> {};
 TEST_P(Shapes, AreCleanAndTrue) {
-  const DriverResult result = RunDriver(SmallRun() + GetParam().args);
+  const auto& [device, shape] = GetParam();
+  if (std::string(device) == "cuda" && !GpuRequired()) {
+    const absl::Status status = Cuda::Create().status();
+    if (absl::IsUnavailable(status)) GTEST_SKIP() << status;
+  }
+  const DriverResult result =
+      RunDriver(SmallRun() + shape.args + std::vector<std::string>{absl::StrCat("--device=", device)});
   EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
   EXPECT_GT(result.report["truth_rows"].number, 0);
 }
+#ifdef PRISTINE_HAS_CUDA
+const auto kDevices = ::testing::Values("host", "cuda");
+#else
+const auto kDevices = ::testing::Values("host");
+#endif
 INSTANTIATE_TEST_SUITE_P(
     Table, Shapes,
-    ::testing::Values(Shape{"BFloat16", {"--dtype=bfloat16"}}, Shape{"PagesOf16", {"--page-size=16"}},
-                      Shape{"PagesOf7AndBFloat16", {"--page-size=7", "--dtype=bfloat16"}},
-                      Shape{"HeadDim128", {"--head-dim=128"}}, Shape{"ThreeSparseLayers", {"--layers=4"}},
-                      Shape{"OneGroup", {"--kv-groups=1"}},
-                      Shape{"FourGroups", {"--heads=8", "--kv-heads=4", "--kv-groups=4"}},
-                      Shape{"DenseLen", {"--dense-len=200"}}, Shape{"OddBuckets", {"--max-batch=7", "--buckets=3,7"}},
-                      Shape{"OneAtATime", {"--max-batch=1"}}, Shape{"CheckAlways", {"--check=always"}},
-                      Shape{"CheckOff", {"--check=off"}}, Shape{"WindowOf1", {"--window=1"}},
-                      Shape{"TightPool", {"--kv-tokens=8192"}}),
-    [](const auto& param_info) { return std::string(param_info.param.name); });
+    ::testing::Combine(
+        kDevices, ::testing::Values(Shape{"BFloat16", {"--dtype=bfloat16"}}, Shape{"PagesOf16", {"--page-size=16"}},
+                                    Shape{"PagesOf7AndBFloat16", {"--page-size=7", "--dtype=bfloat16"}},
+                                    Shape{"HeadDim128", {"--head-dim=128"}}, Shape{"ThreeSparseLayers", {"--layers=4"}},
+                                    Shape{"OneGroup", {"--kv-groups=1"}},
+                                    Shape{"FourGroups", {"--heads=8", "--kv-heads=4", "--kv-groups=4"}},
+                                    Shape{"DenseLen", {"--dense-len=200"}},
+                                    Shape{"OddBuckets", {"--max-batch=7", "--buckets=3,7"}},
+                                    Shape{"OneAtATime", {"--max-batch=1"}}, Shape{"CheckAlways", {"--check=always"}},
+                                    Shape{"CheckOff", {"--check=off"}}, Shape{"WindowOf1", {"--window=1"}},
+                                    Shape{"TightPool", {"--kv-tokens=8192"}})),
+    [](const auto& param_info) {
+      return std::string(std::get<1>(param_info.param).name) + "_" + std::get<0>(param_info.param);
+    });
 
 TEST(Driver, RunsOnADeviceThatStartsNothingBeforeSomebodyWaits) {
   const DriverResult result = RunDriver(SmallRun(), {.host_run = HostOptions::Run::kDeferred});

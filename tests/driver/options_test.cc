@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -51,6 +52,11 @@ struct BadCase {
   std::vector<std::string> args;
   std::string part;  // of the message
 };
+
+// The name of the case in lists of tests.
+void PrintTo(const BadCase& bad_case, std::ostream* out) {
+  for (const std::string& arg : bad_case.args) *out << arg << (&arg == &bad_case.args.back() ? "" : " ");
+}
 
 class BadOptions : public ::testing::TestWithParam<BadCase> {};
 

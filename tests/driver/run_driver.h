@@ -52,7 +52,7 @@ struct DriverSetting {
 
 // A small model that keeps the bug: rows of 33 to 64 tokens, a window of 64.
 inline std::vector<std::string> SmallModel() {
-  return {"--max-batch=8",   "--kv-tokens=65536", "--sparse-block=32",
+  return {"--max-batch=8",   "--kv-tokens=32768", "--sparse-block=32",
           "--topk-blocks=2", "--window=64",       "--compare-rows=32"};
 }
 

@@ -117,7 +117,9 @@ TEST(SyntheticTrace, HasTheQuantilesOfTheCodeTraceAndFourArrivalsASecond) {
   EXPECT_LE(generated.back(), 1899);
   EXPECT_NEAR(at(generated, .5), 13, 1);
   EXPECT_NEAR(at(generated, .75), 24, 1);
-  EXPECT_NEAR(at(generated, .99), 252, 25);
+  // The tail is so long that its rank is steadier than its value.
+  const auto above = generated.end() - std::upper_bound(generated.begin(), generated.end(), 252);
+  EXPECT_NEAR(static_cast<double>(above) / static_cast<double>(generated.size()), 0.01, 0.002);
 }
 
 }  // namespace

@@ -207,6 +207,15 @@ TYPED_TEST(AccessGuardTest, UnwatchEndsReportsAndMakesTheMemoryWritable) {
   EXPECT_EQ(this->watcher_.Take(), Strings{"set_value_undeclared wrote again[1]"});
 }
 
+TYPED_TEST(AccessGuardTest, FreeingWatchedMemoryEndsTheWatch) {
+  DeviceBuffer pages = this->MakeInts(std::vector<int>(kPageInts, 0));
+  this->Watch("pages", pages.As<int>().address(), kPageInts, this->watcher_);
+  pages = DeviceBuffer();
+  DeviceBuffer x = this->MakeInts({0});
+  this->Run(kSetValueUndeclared, x.As<int>().address(), 0, 1);
+  EXPECT_EQ(this->watcher_.Take(), Strings{});
+}
+
 TYPED_TEST(AccessGuardTest, TwoEnforcingDevicesDoNotMeet) {
   RecordingWatcher other_watcher;
   ASSERT_OK_AND_ASSIGN(std::unique_ptr<Device> other, TypeParam::Create());

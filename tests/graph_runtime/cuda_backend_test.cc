@@ -131,7 +131,7 @@ TEST_F(CudaBackend, ARefusedLaunchIsFinalForItsStreamOnly) {
   DeviceBuffer x = MakeZeros(1);
   {
     ASSERT_OK_AND_ASSIGN(auto broken, device_->CreateStream());
-    EXPECT_STATUS(Launch(*broken, kFail, {}), kInternal, "fail: cudaErrorInvalidConfiguration");
+    EXPECT_STATUS(Launch(*broken, kFail, {}), kInternal, "fail: cudaErrorInvalid");
     EXPECT_STATUS(broken->Synchronize(), kInternal, "fail");
   }
   EXPECT_OK(Launch(*stream_, kAddOne, {x.As<int>().address(), 1}));

@@ -1,7 +1,7 @@
 // What only the Host backend promises: deferred work, guard bands, independent devices.
 #include <gtest/gtest.h>
 
-#include <csignal>
+#include <chrono>
 #include <thread>
 
 #include "tests/conformance/conformance.h"
@@ -37,6 +37,7 @@ TEST_F(HostDeferredTest, SynchronizingAnEventRunsTheWorkBeforeItAndNoMore) {
   ASSERT_OK(event->Synchronize());
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   EXPECT_EQ(*x.As<int>().address(), 1);
+  EXPECT_EQ(Read(x), std::vector<int>{2});
 }
 
 TEST_F(HostDeferredTest, SynchronizingRunsWhatOtherStreamsMustDoFirst) {

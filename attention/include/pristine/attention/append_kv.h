@@ -14,11 +14,12 @@ namespace pristine::attention {
 struct AppendKvTensors {
   DType dtype = DType::kFloat32;
   int32_t kv_heads = 0, head_dim = 0;
-  DeviceSpan<const std::byte> k_new;  // [tokens, kv_heads, head_dim]
-  DeviceSpan<const std::byte> v_new;  // the same shape
-  DeviceSpan<const int32_t> slots;  // [tokens]; page * page_size + offset. -1 writes nothing, as does one past the pool
-  DeviceSpan<std::byte> k;          // [num_pages * page_size, kv_heads, head_dim]
-  DeviceSpan<std::byte> v;          // the same shape
+  DeviceSpan<const std::byte> k_new = {};  // [tokens, kv_heads, head_dim]
+  DeviceSpan<const std::byte> v_new = {};  // the same shape
+  // [tokens]; page * page_size + offset. -1 writes nothing, as does one past the pool
+  DeviceSpan<const int32_t> slots = {};
+  DeviceSpan<std::byte> k = {};  // [num_pages * page_size, kv_heads, head_dim]
+  DeviceSpan<std::byte> v = {};  // the same shape
 };
 
 // Queues one kernel for the first `tokens` rows; captureable. Two equal slots are the caller's error (which row wins is

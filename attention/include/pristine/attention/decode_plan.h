@@ -19,16 +19,16 @@ namespace pristine::attention {
 // One plan kind: layers that agree in all of this share a plan.
 struct DecodePlanConfig {
   std::string name = "plan";          // prefix of the buffers' names
-  std::vector<Extent> buckets;        // a private workspace for each
+  std::vector<Extent> buckets = {};   // a private workspace for each
   int32_t rows_per_request = 1;       // KV-head groups that count as requests of their own (sparse path)
   int32_t q_heads = 0, kv_heads = 0;  // of one row; q_heads % kv_heads == 0
   int32_t head_dim = 0;               // 64 or 128
   DType dtype = DType::kFloat32;
-  int32_t page_size = 1;          // tokens
-  int32_t window = 0;             // last tokens attended, the current one included; 0: all
-  int32_t max_row_tokens = 0;     // R: a longer row is planned as R
-  int32_t worst_row_tokens = 0;   // what captures and warm-ups see for every row; 0: max_row_tokens
-  std::vector<int> derived_from;  // ids of the manager's buffers that go with the lengths planned from
+  int32_t page_size = 1;               // tokens
+  int32_t window = 0;                  // last tokens attended, the current one included; 0: all
+  int32_t max_row_tokens = 0;          // R: a longer row is planned as R
+  int32_t worst_row_tokens = 0;        // what captures and warm-ups see for every row; 0: max_row_tokens
+  std::vector<int> derived_from = {};  // ids of the manager's buffers that go with the lengths planned from
 };
 
 // Item i of a row covers KV positions [begin, end) of that row, before clipping to the row's device length and window.

@@ -16,14 +16,14 @@ namespace pristine::attention {
 
 // Device memory of one call; rows = rows_per_request * bucket.requests. dtype is the plan's for all but lse.
 struct DecodeTensors {
-  DeviceSpan<const std::byte> q;         // [rows, q_heads, head_dim]
-  DeviceSpan<const std::byte> k;         // [num_pages, page_size, kv_heads, head_dim] (NHD)
-  DeviceSpan<const std::byte> v;         // the same shape
-  DeviceSpan<std::byte> out;             // [rows, q_heads, head_dim]; rows of length 0: zeros
-  DeviceSpan<LseBase2> lse;              // [rows, q_heads]; rows of length 0: -inf. May be empty
-  DeviceSpan<const int32_t> kv_indptr;   // [rows + 1] pages
-  DeviceSpan<const int32_t> kv_indices;  // page numbers
-  DeviceSpan<const int32_t> lengths;     // [rows] tokens; empty: (kv_indptr[r + 1] - kv_indptr[r]) * page_size
+  DeviceSpan<const std::byte> q = {};         // [rows, q_heads, head_dim]
+  DeviceSpan<const std::byte> k = {};         // [num_pages, page_size, kv_heads, head_dim] (NHD)
+  DeviceSpan<const std::byte> v = {};         // the same shape
+  DeviceSpan<std::byte> out = {};             // [rows, q_heads, head_dim]; rows of length 0: zeros
+  DeviceSpan<LseBase2> lse = {};              // [rows, q_heads]; rows of length 0: -inf. May be empty
+  DeviceSpan<const int32_t> kv_indptr = {};   // [rows + 1] pages
+  DeviceSpan<const int32_t> kv_indices = {};  // page numbers
+  DeviceSpan<const int32_t> lengths = {};     // [rows] tokens; empty: (kv_indptr[r + 1] - kv_indptr[r]) * page_size
 };
 
 // Binds to a plan and is called by any number of layers with that layer's KV.

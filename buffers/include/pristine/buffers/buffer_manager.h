@@ -25,9 +25,17 @@
 #include "pristine/buffers/violation.h"
 #include "pristine/graph_runtime/device.h"
 #include "pristine/graph_runtime/graph_hook.h"
+#include "pristine/graph_runtime/memory.h"
 #include "pristine/graph_runtime/stream.h"
 
 namespace pristine {
+
+// A registered buffer. `live` is the address that graphs bake in; it never moves.
+template <class T>
+struct Buffer {
+  int id = -1;
+  DeviceSpan<T> live;
+};
 
 enum class OnViolation {
   kNeutralise,  // record it, and make the replay harmless: lengths minimal, indptr flat, slots -1, pages the dummy page
@@ -48,7 +56,7 @@ struct ManagerOptions {
     kOff,        // never, not even around warm-ups: what engines do today. For showing the bug
   } restore = Restore::kGraphHead;
   OnViolation on_violation = OnViolation::kNeutralise;
-  int staging_slots = 4;  // steps that may be in flight; at least 2
+  int staging_slots = 4;  // steps that may be in flight; 2 to 64
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
   bool poison_scratch = false;
@@ -78,7 +86,7 @@ class BufferManager final : public GraphHook {
     return Typed<T>(RegisterBytes(spec, ElementOf<T>(), {nullptr, 0}, Bytes(original), original.size()));
   }
   // Registers memory that the engine owns at its own address; it must outlive the manager. Treated alike but for guard
-  // bands. FAILED_PRECONDITION on Host: the address was not allocated by this device.
+  // bands. INVALID_ARGUMENT too: null, a size that is not the original's, misaligned for T, overlaps another buffer.
   template <class T>
   absl::StatusOr<Buffer<T>> Adopt(const BufferSpec& spec, DeviceSpan<T> live, absl::Span<const T> original) {
     static_assert(std::is_trivially_copyable_v<T>);

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "pristine/graph_runtime/extent.h"
-#include "pristine/graph_runtime/memory.h"
 
 namespace pristine {
 
@@ -89,13 +88,6 @@ struct BufferSpec {
   std::optional<Extent> only_bucket = std::nullopt;
   // Ids of the buffers that this one's values are computed from. A replay is refused if one of them was refilled later.
   std::vector<int> derived_from = {};
-};
-
-// A registered buffer. `live` is the address that graphs bake in; it never moves.
-template <class T>
-struct Buffer {
-  int id = -1;
-  DeviceSpan<T> live;
 };
 
 const char* ToString(Role role);

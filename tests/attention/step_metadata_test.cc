@@ -1,0 +1,126 @@
+#include "pristine/attention/step_metadata.h"
+
+#include <cstdint>
+#include <vector>
+
+#include "tests/attention/decode_rig.h"
+#include "tests/support/backends.h"
+#include "tests/support/status_matchers.h"
+
+namespace pristine::testing {
+namespace {
+
+using attention::StepMetadata;
+using attention::StepMetadataConfig;
+using attention::StepValues;
+using Values = std::vector<int32_t>;
+
+StepMetadataConfig Config() {
+  return {.max_requests = 4,
+          .max_tokens = 4,
+          .page_size = 16,
+          .num_pages = 10,
+          .max_step_pages = 12,
+          .max_length = 100,
+          .worst_length = 40,
+          .dummy_page = 9};
+}
+
+template <class BackendT>
+class StepMetadataTest : public DeviceTest<BackendT> {
+ protected:
+  void SetUp() override {
+    DeviceTest<BackendT>::SetUp();
+    if (this->IsSkipped() || this->HasFatalFailure()) return;
+    ASSERT_OK_AND_ASSIGN(manager_, BufferManager::Create(*this->device_));
+  }
+  void TearDown() override {
+    metadata_.reset();
+    manager_.reset();
+    DeviceTest<BackendT>::TearDown();
+  }
+  void Create() {
+    ASSERT_OK_AND_ASSIGN(metadata_, StepMetadata::Create(*manager_, Config()));
+    ASSERT_OK(manager_->Seal());
+  }
+  Values Read(const Buffer<int32_t>& buffer) {
+    absl::StatusOr<Values> values = Download(*this->stream_, buffer.live);
+    EXPECT_OK(values);
+    return values.ok() ? *values : Values();
+  }
+  std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<StepMetadata> metadata_;
+};
+TYPED_TEST_SUITE(StepMetadataTest, AllBackends, BackendNames);
+
+TYPED_TEST(StepMetadataTest, CapturesSeeTheWorstCase) {
+  this->Create();
+  ASSERT_OK(this->manager_->RestoreAll(*this->stream_, {4, 4}));
+  EXPECT_EQ(this->Read(this->metadata_->lengths()), (Values{40, 40, 40, 40}));
+  EXPECT_EQ(this->Read(this->metadata_->kv_indptr()), (Values{0, 3, 6, 9, 12}));
+  EXPECT_EQ(this->Read(this->metadata_->kv_indices()), Values(12, 9));
+  EXPECT_EQ(this->Read(this->metadata_->slots()), Values(4, -1));
+  EXPECT_EQ(this->Read(this->metadata_->positions()), Values(4, 0));
+}
+
+TYPED_TEST(StepMetadataTest, PaddedRowsAreEmptyAndPointAtTheDummyPage) {
+  this->Create();
+  ASSERT_OK(this->manager_->BeginStep({4, 4}, {2, 2}));
+  const Values lengths = {33, 16}, indptr = {0, 3, 4}, pages = {5, 6, 7, 8}, slots = {82, 143}, positions = {32, 15};
+  ASSERT_OK(this->metadata_->Refill(
+      {.lengths = lengths, .kv_indptr = indptr, .kv_indices = pages, .slots = slots, .positions = positions}));
+  ASSERT_OK(this->manager_->BeforeReplay(*this->stream_, {4, 4}, {2, 2}));
+  ASSERT_OK(this->manager_->RecordPrologue(*this->stream_, {4, 4}));
+  EXPECT_EQ(this->Read(this->metadata_->lengths()), (Values{33, 16, 0, 0}));
+  EXPECT_EQ(this->Read(this->metadata_->kv_indptr()), (Values{0, 3, 4, 4, 4}));
+  EXPECT_EQ(this->Read(this->metadata_->kv_indices()), (Values{5, 6, 7, 8, 9, 9, 9, 9, 9, 9, 9, 9}));
+  EXPECT_EQ(this->Read(this->metadata_->slots()), (Values{82, 143, -1, -1}));
+  EXPECT_EQ(this->Read(this->metadata_->positions()), (Values{32, 15, 0, 0}));
+}
+
+TYPED_TEST(StepMetadataTest, SizesThatDoNotBelongTogetherAreRefused) {
+  this->Create();
+  ASSERT_OK(this->manager_->BeginStep({4, 4}, {2, 2}));
+  const Values two = {1, 1}, three = {0, 1, 2}, none;
+  const StepValues good = {.lengths = two, .kv_indptr = three, .kv_indices = two, .slots = two, .positions = two};
+  const auto refused = [&](auto change, const char* part) {
+    StepValues values = good;
+    change(values);
+    EXPECT_STATUS(this->metadata_->Refill(values), kInvalidArgument, part);
+  };
+  refused([&](StepValues& v) { v.kv_indptr = two; }, "step.kv_indptr has 2 values, must have 3");
+  refused([&](StepValues& v) { v.kv_indptr = none; }, "step.kv_indptr has 0 values, must have 3");
+  refused([&](StepValues& v) { v.kv_indices = three; }, "step.kv_indices has 3 values, must have 2");
+  refused([&](StepValues& v) { v.positions = three; }, "step.positions has 3 values, must have 2");
+  refused([&](StepValues& v) { v.slots = v.positions = three; }, "slots");
+  EXPECT_OK(this->metadata_->Refill(good));
+}
+
+TYPED_TEST(StepMetadataTest, RefillNeedsAnOpenStep) {
+  this->Create();
+  const Values one = {1}, indptr = {0, 1};
+  EXPECT_STATUS(
+      this->metadata_->Refill({.lengths = one, .kv_indptr = indptr, .kv_indices = one, .slots = one, .positions = one}),
+      kFailedPrecondition, "");
+}
+
+TYPED_TEST(StepMetadataTest, WrongConfigurationsAreRefusedByName) {
+  const auto refused = [&](auto change, const char* part) {
+    StepMetadataConfig config = Config();
+    change(config);
+    EXPECT_STATUS(StepMetadata::Create(*this->manager_, config), kInvalidArgument, part);
+  };
+  refused([](auto& c) { c.max_requests = 0; }, "max_requests is 0");
+  refused([](auto& c) { c.max_tokens = -1; }, "max_tokens is -1");
+  refused([](auto& c) { c.page_size = 0; }, "page_size is 0");
+  refused([](auto& c) { c.num_pages = 0; }, "num_pages is 0");
+  refused([](auto& c) { c.max_length = 0; }, "max_length is 0");
+  refused([](auto& c) { c.worst_length = 101; }, "worst_length is 101, must be at most max_length 100");
+  refused([](auto& c) { c.max_step_pages = 11; }, "needs 12");
+  refused([](auto& c) { c.worst_length = 0; }, "needs 28");  // max_length then
+  refused([](auto& c) { c.dummy_page = 10; }, "dummy_page is 10");
+  refused([](auto& c) { c.num_pages = 1 << 28; }, "slots");
+}
+
+}  // namespace
+}  // namespace pristine::testing

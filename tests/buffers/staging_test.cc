@@ -1,0 +1,143 @@
+// Steps in flight: each takes its own values, a full ring is refused at once, and the hot path neither waits nor
+// allocates.
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <new>
+
+#include "tests/buffers/buffer_fixture.h"
+
+namespace {
+thread_local int64_t allocations = 0;  // of this thread, by operator new
+}  // namespace
+
+// Not inlined: GCC takes a free that it sees and a new that it does not for a mismatch.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  ++allocations;
+  void* const address = std::malloc(bytes == 0 ? 1 : bytes);
+  if (address == nullptr) std::abort();
+  return address;
+}
+[[gnu::noinline]] void operator delete(void* address) noexcept { std::free(address); }
+[[gnu::noinline]] void operator delete(void* address, std::size_t) noexcept { std::free(address); }
+
+namespace pristine::testing {
+namespace {
+
+constexpr Extent kBucket{4, 4};
+using Ints = std::vector<int32_t>;
+
+template <class BackendT>
+class StagingTest : public BufferTest<BackendT> {
+ protected:
+  void SetUp() override {
+    BufferTest<BackendT>::SetUp();
+    if (this->IsSkipped() || this->HasFatalFailure()) return;
+    ASSERT_OK_AND_ASSIGN(flag_, this->device().AllocatePinned(sizeof(int), "latch"));
+  }
+  void TearDown() override {
+    if (flag_.bytes() > 0) Release();
+    if (this->stream() != nullptr) this->stream()->Synchronize().IgnoreError();
+    flag_ = PinnedBuffer();
+    BufferTest<BackendT>::TearDown();
+  }
+  // A kernel that blocks the stream until Release.
+  void Block() { ASSERT_OK(Launch(*this->stream(), kSpin, SpinParams{static_cast<int*>(flag_.device_address())})); }
+  void Release() { std::atomic_ref<int>(*flag_.As<int>().data()).store(1); }
+
+  void MakeSteps(int slots) {
+    ManagerOptions options;
+    options.staging_slots = slots;
+    this->MakeManager(options);
+    lengths_ = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 9));
+    log_ = this->EngineMemory(Ints(64, -7));
+    this->Capture({kBucket}, kEmptyBody);
+  }
+  absl::Status QueueStep(int step) {
+    PRISTINE_RETURN_IF_ERROR(this->manager().BeginStep(kBucket, {1, 1}));
+    PRISTINE_RETURN_IF_ERROR(this->Refill(lengths_, {step}));
+    PRISTINE_RETURN_IF_ERROR(this->runner_->Replay(*this->stream(), kBucket, {1, 1}));
+    return this->stream()->Copy(AsWritableBytes(log_.Sub(static_cast<size_t>(step), 1)),
+                                AsBytes(lengths_.live.Sub(0, 1)));
+  }
+  PinnedBuffer flag_;
+  Buffer<int32_t> lengths_;
+  DeviceSpan<int32_t> log_;
+};
+TYPED_TEST_SUITE(StagingTest, AllBackends, BackendNames);
+
+TYPED_TEST(StagingTest, EachStepInFlightTakesItsOwnValues) {
+  this->MakeSteps(4);
+  for (int round = 0; round < 3; ++round) {
+    std::atomic_ref<int>(*this->flag_.template As<int>().data()).store(0);
+    this->Block();
+    for (int i = 0; i < 4; ++i) ASSERT_OK(this->QueueStep(round * 4 + i)) << "returned while the kernel blocks";
+    this->Release();
+    ASSERT_OK(this->stream()->Synchronize());
+  }
+  const Ints log = this->Read(this->log_);
+  for (int step = 0; step < 12; ++step) EXPECT_EQ(log[step], step);
+  EXPECT_EQ(Describe(this->Poll()), "");
+}
+
+TYPED_TEST(StagingTest, AFullRingIsRefusedAtOnceAndWaitForSlotWaits) {
+  this->MakeSteps(2);
+  this->Block();
+  ASSERT_OK(this->QueueStep(0));
+  ASSERT_OK(this->QueueStep(1));
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_STATUS(this->manager().BeginStep(kBucket, {1, 1}), kResourceExhausted, "all 2 staging slots are in flight");
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  this->Release();
+  ASSERT_OK(this->manager().WaitForSlot());
+  ASSERT_OK(this->QueueStep(2));
+  const Ints log = this->Read(this->log_);
+  EXPECT_EQ((Ints{log[0], log[1], log[2]}), (Ints{0, 1, 2}));
+  EXPECT_EQ(Describe(this->Poll()), "");
+}
+
+TYPED_TEST(StagingTest, RefillReplayAndPollReturnWhileAKernelBlocks) {
+  this->MakeSteps(2);
+  this->Block();
+  ASSERT_OK(this->QueueStep(1));
+  EXPECT_EQ(this->Poll().size(), 0u);
+  this->manager().stats();
+  EXPECT_EQ(std::atomic_ref<int>(*this->flag_.template As<int>().data()).load(), 0) << "nothing waited for the latch";
+  ASSERT_OK_AND_ASSIGN(const bool idle, this->stream()->IsIdle());
+  EXPECT_FALSE(idle);
+}
+
+TYPED_TEST(StagingTest, AStepAllocatesNothing) {
+  this->MakeManager();
+  const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 9));
+  BufferSpec plan_spec = Spec("plan", Role::kRefilled);
+  plan_spec.derived_from = {lengths.id};
+  const auto plan = this->Register(plan_spec, Ints(1000, 1));
+  this->Register(Spec("constant", Role::kConstant), {1});
+  this->Capture({{2, 2}, kBucket}, kEmptyBody);
+  const Ints values(1000, 5);
+  constexpr Extent kReal{2, 2};
+  std::vector<Violation> violations(8);
+  const auto step = [&](bool keep) -> absl::Status {
+    PRISTINE_RETURN_IF_ERROR(this->manager().BeginStep(kBucket, kReal));
+    PRISTINE_RETURN_IF_ERROR(
+        keep ? this->manager().Keep(lengths)
+             : this->manager().template Refill<int32_t>(lengths, absl::MakeConstSpan(values).first(2)));
+    PRISTINE_RETURN_IF_ERROR(keep ? this->manager().Keep(plan)
+                                  : this->manager().template Refill<int32_t>(plan, values));
+    PRISTINE_RETURN_IF_ERROR(this->runner_->Replay(*this->stream(), kBucket, kReal));
+    this->manager().Poll(absl::MakeSpan(violations));
+    return this->stream()->Synchronize();
+  };
+  for (int i = 0; i < 3; ++i) ASSERT_OK(step(false));  // queues have grown by now
+  const size_t device_allocations = this->device().total_allocations();
+  const int64_t before = allocations;
+  for (int i = 0; i < 6; ++i) {
+    if (!step(i % 2 == 1).ok()) FAIL();
+  }
+  EXPECT_EQ(allocations - before, 0);
+  EXPECT_EQ(this->device().total_allocations(), device_allocations);
+}
+
+}  // namespace
+}  // namespace pristine::testing
