@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
     float weight[kHeads];
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) weight[h] = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < kVecs / 2; ++i) {
       const int vec = 2 * i + half;
       float x[kVec];
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
 #pragma unroll
       for (int d = 0; d < kOwned; ++d) sum[h][d] *= decay;
     }
-#pragma unroll 4
+#pragma unroll 2
     for (int t = 0; t < kTokensPerWarp; ++t) {
       float x[kOwned];
       Unpack<kOwned>(v_tile + (token_warp * kTokensPerWarp + t) * kStride + lane * (kOwned * sizeof(T)), T{}, x);

@@ -55,10 +55,10 @@ class Prologue {
 
   // Finds the slot of this step: exactly one must have been armed since the last step was taken.
   void Take() {
-    const SlotHeader* newest = nullptr;
-    for (uint32_t i = 0; i < params_.num_slots; ++i) {
+    const auto* newest = reinterpret_cast<const SlotHeader*>(params_.slots);
+    for (uint32_t i = 1; i < params_.num_slots; ++i) {
       const auto* header = reinterpret_cast<const SlotHeader*>(params_.slots + i * params_.slot_stride);
-      if (newest == nullptr || header->sequence > newest->sequence) newest = header;
+      if (header->sequence > newest->sequence) newest = header;
     }
     const uint64_t next = control_.consumed + 1;
     replay_ = std::max(newest->sequence, control_.consumed);
