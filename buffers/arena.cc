@@ -28,10 +28,20 @@ absl::StatusOr<std::byte*> Arena::Carve(size_t bytes, int buffer) {
   }
   std::byte* const address = base_ + start;
   AddBand(used_, start, last_buffer_ < 0 ? buffer : last_buffer_, last_buffer_ < 0 ? address : last_start_);
+  used_before_ = used_;
+  buffer_before_ = last_buffer_;
+  start_before_ = last_start_;
   used_ = start + bytes;
   last_buffer_ = buffer;
   last_start_ = address;
   return address;
+}
+
+void Arena::Uncarve() {
+  open_bands_.pop_back();
+  used_ = used_before_;
+  last_buffer_ = buffer_before_;
+  last_start_ = start_before_;
 }
 
 void Arena::AddBand(size_t begin, size_t end, int buffer, std::byte* buffer_start) {
@@ -39,7 +49,7 @@ void Arena::AddBand(size_t begin, size_t end, int buffer, std::byte* buffer_star
 }
 
 void Arena::EndBlock() {
-  if (bytes_ > 0) AddBand(used_, used_ + kGuardBytes, last_buffer_, last_start_);
+  if (bytes_ > 0 && last_buffer_ >= 0) AddBand(used_, used_ + kGuardBytes, last_buffer_, last_start_);
   bytes_ = used_ = 0;
   last_buffer_ = -1;
 }

@@ -31,6 +31,9 @@ class Arena {
   // Room for `bytes` > 0 that stays where it is, aligned to device.watch_alignment(). RESOURCE_EXHAUSTED: no memory.
   absl::StatusOr<std::byte*> Carve(size_t bytes, int buffer);
 
+  // Takes back the last Carve; nothing may have happened in between.
+  void Uncarve();
+
   // Ends the current blocks, so that what comes later shares no page with what is there, and queues the filling of the
   // new bands.
   absl::Status Close(Stream& stream);
@@ -51,6 +54,10 @@ class Arena {
   size_t used_ = 0;
   int last_buffer_ = -1;
   std::byte* last_start_ = nullptr;
+  // Before the last Carve.
+  size_t used_before_ = 0;
+  int buffer_before_ = -1;
+  std::byte* start_before_ = nullptr;
   std::vector<GuardBand> open_bands_;  // not filled yet
   std::vector<GuardBand> bands_;
 };

@@ -80,7 +80,12 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
 BufferManager::BufferManager(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 // Queued prologues still use the memory. What a dead context answers changes nothing.
-BufferManager::~BufferManager() { impl_->device.Synchronize().IgnoreError(); }
+BufferManager::~BufferManager() {
+  if (impl_->device.Synchronize().ok()) return;
+  // A stream is capturing: what this manager queued is waited for by itself.
+  impl_->replayed->Synchronize().IgnoreError();
+  if (impl_->ring != nullptr) impl_->ring->WaitAll();
+}
 
 absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const BufferSpec& spec, Element element,
                                                                        DeviceSpan<std::byte> live,
@@ -155,7 +160,11 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
   record.live = address;
   if (spec.role != Role::kScratch) {
     state->watcher = std::make_unique<buffers::RegionWatcher>(impl.device, spec.name, *impl.reports, impl.control);
-    PRISTINE_RETURN_IF_ERROR(state->watcher->Start(address, original.size(), element.bytes));
+    const absl::Status started = state->watcher->Start(address, original.size(), element.bytes);
+    if (!started.ok()) {
+      if (!adopt) (spec.role == Role::kConstant ? impl.constants : impl.writable).Uncarve();
+      return started;
+    }
   }
   if (refilled) {
     record.refilled = impl.refilled_buffers++;
@@ -173,6 +182,11 @@ absl::StatusOr<BufferManager::Registered> BufferManager::AdoptBytes(const Buffer
     return absl::InvalidArgumentError(absl::StrCat("buffer ", spec.name, ": nothing to adopt"));
   }
   std::vector<std::byte> contents(live.size());
+  if (spec.kind == Kind::kSlot && element.is_int32) {
+    const int32_t pad = buffers::SlotPad(spec);
+    for (size_t i = 0; i < size; ++i) std::memcpy(&contents[i * sizeof(pad)], &pad, sizeof(pad));
+    return RegisterBytes(spec, element, live, contents, size);
+  }
   PRISTINE_RETURN_IF_ERROR(impl_->device.Synchronize());
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, impl_->device.CreateStream());
   PRISTINE_RETURN_IF_ERROR(stream->CopyToHost(absl::MakeSpan(contents), live));

@@ -21,24 +21,23 @@ absl::Status BufferManager::Restore(Stream& stream) {
   const Impl::Call call(*impl_);
   if (!call.entered()) return SecondThread();
   if (impl_->chunks.empty()) return absl::OkStatus();
-  PRISTINE_RETURN_IF_ERROR(impl_->CheckOrder(stream));
-  return Launch(stream, buffers::kPrologue,
-                impl_->Prologue(PrologueMode::kRestoreRestored, {-1, -1}, static_cast<int>(impl_->chunks.size()), -1));
+  return impl_->Run(
+      stream, impl_->Prologue(PrologueMode::kRestoreRestored, {-1, -1}, static_cast<int>(impl_->chunks.size()), -1));
 }
 
 absl::Status BufferManager::RestoreAll(Stream& stream, const Extent& bucket) {
   const Impl::Call call(*impl_);
   if (!call.entered()) return SecondThread();
-  return impl_->RestoreAll(stream, bucket, true);
+  return impl_->RestoreAll(stream, bucket, true, impl_->options.check != ManagerOptions::Check::kOff);
 }
 
-absl::Status BufferManager::Impl::RestoreAll(Stream& stream, const Extent& bucket, bool restored_too) {
+absl::Status BufferManager::Impl::RestoreAll(Stream& stream, const Extent& bucket, bool restored_too, bool compare) {
   if (chunks.empty()) return absl::OkStatus();
-  PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
   PRISTINE_ASSIGN_OR_RETURN(const int graph, EntryOf(current_graph, bucket));
   buffers::PrologueParams params = Prologue(PrologueMode::kRestoreAll, bucket, static_cast<int>(chunks.size()), graph);
   params.restore = restored_too;
-  return Launch(stream, buffers::kPrologue, params);
+  params.compare_constants = compare;
+  return Run(stream, params);
 }
 
 absl::Status BufferManager::CheckEqual(Stream& stream, const Buffer<int32_t>& expected, const Buffer<int32_t>& actual,

@@ -140,8 +140,7 @@ absl::Status BufferManager::Impl::Stage(BufferState& buffer, absl::Span<const st
 // The launch that a step was armed for never happened (another hook refused it): the next step takes its number, so
 // that the device sees one step armed and not two.
 void BufferManager::Impl::TakeBackUnlaunchedStep() {
-  if (!awaiting_launch) return;
-  awaiting_launch = false;
+  if (!awaiting_launch.exchange(false)) return;
   --next_sequence;
   --replays;
 }
@@ -151,9 +150,9 @@ absl::Status BufferManager::Impl::CheckOrder(Stream& stream) {
   PRISTINE_ASSIGN_OR_RETURN(const bool reached, replayed->IsReached());
   const uint64_t consumed = reports->ReadBoard().consumed;
   if (reached && consumed + 1 >= next_sequence) return absl::OkStatus();
-  return absl::FailedPreconditionError(
-      absl::StrCat("step ", next_sequence - 1, " still runs on another stream (the last that finished is ", consumed,
-                   "); one manager's replays follow each other, graphs that run at once need two managers"));
+  return absl::FailedPreconditionError(absl::StrCat(
+      "step ", next_sequence - 1, " or a restore after it still runs on another stream (the last step that began is ",
+      consumed, "); one manager's replays follow each other, graphs that run at once need two managers"));
 }
 
 absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Extent& bucket, const Extent& extent) const {
@@ -228,7 +227,16 @@ absl::Status BufferManager::Impl::LaunchPrologue(Stream& stream, int graph) {
   PRISTINE_RETURN_IF_ERROR(CheckCapacities(entry.bucket, entry.chunks));
   buffers::PrologueParams params = Prologue(PrologueMode::kReplay, entry.bucket, entry.chunks, graph);
   params.restore = options.restore == ManagerOptions::Restore::kGraphHead;
-  return Launch(stream, buffers::kPrologue, params);
+  params.neutralise_restored = options.restore != ManagerOptions::Restore::kOff;
+  return Run(stream, params);
+}
+
+absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::PrologueParams& params) {
+  PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
+  PRISTINE_RETURN_IF_ERROR(Launch(stream, buffers::kPrologue, params));
+  if (stream.capturing()) return absl::OkStatus();
+  last_stream = stream.native();
+  return stream.Record(*replayed);
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
@@ -268,7 +276,8 @@ absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {
   impl.current_graph = entry.graph;
   entry.order = ++impl.runs;
   entry.replay = 0;
-  return impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff);
+  return impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff,
+                         impl.options.check != ManagerOptions::Check::kOff);
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const RunInfo& info) {
@@ -276,18 +285,21 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const RunInfo& info) 
   if (!call.entered()) return SecondThread();
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
-  entry.chunks_before = entry.chunks;
   entry.chunks = static_cast<int>(impl_->chunks.size());
   return impl_->LaunchPrologue(stream, graph);
 }
 
 void BufferManager::AfterCapture(const RunInfo& info, const absl::Status& outcome) {
   const Impl::Call call(*impl_);
-  if (!call.entered() || outcome.ok()) return;
+  if (!call.entered()) return;
   const absl::StatusOr<int> graph = impl_->EntryOf(info.graph, info.bucket);
   if (!graph.ok()) return;
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(*graph)];
-  entry.chunks = entry.chunks_before;
+  if (outcome.ok()) {
+    entry.chunks_before = entry.chunks;
+  } else {
+    entry.chunks = entry.chunks_before;
+  }
 }
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
@@ -301,13 +313,14 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
 }
 
 void BufferManager::AfterReplay(Stream& stream, const RunInfo&, const absl::Status& outcome) {
+  // Whoever else is inside a call: a step that was launched is not to be taken back.
+  const bool launched = outcome.ok() && impl_->awaiting_launch.exchange(false);
   const Impl::Call call(*impl_);
-  if (!call.entered() || !impl_->awaiting_launch) return;
-  if (!outcome.ok()) {
+  if (!call.entered()) return;
+  if (!launched) {
     impl_->TakeBackUnlaunchedStep();
     return;
   }
-  impl_->awaiting_launch = false;
   stream.Record(*impl_->replayed).IgnoreError();  // a stream that failed says so at the next call
 }
 

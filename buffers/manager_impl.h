@@ -71,7 +71,7 @@ struct GraphEntry {
   const char* graph = "";
   Extent bucket;
   int chunks = 0;         // the first that its prologue covers; 0: not recorded
-  int chunks_before = 0;  // of the graph that a failed recapture leaves in place
+  int chunks_before = 0;  // of the last capture that succeeded: a failed recapture leaves that graph in place
   int64_t order = 0;      // of its last run among all runs; 0: none
   int64_t replay = 0;     // the step of that run; 0: a capture or warm-up
 };
@@ -131,7 +131,10 @@ class BufferManager::Impl {
 
   buffers::PrologueParams Prologue(buffers::PrologueMode mode, const Extent& bucket, int chunks, int graph) const;
   absl::Status LaunchPrologue(Stream& stream, int graph);
-  absl::Status RestoreAll(Stream& stream, const Extent& bucket, bool restored_too);
+  // `compare`: constants that differ from their originals are reported before they are put back.
+  absl::Status RestoreAll(Stream& stream, const Extent& bucket, bool restored_too, bool compare);
+  // Launches or records a prologue. A launched one counts as the manager's last work, as a replay does.
+  absl::Status Run(Stream& stream, const buffers::PrologueParams& params);
   absl::Status CheckOrder(Stream& stream);
   absl::Status CheckStep(const buffers::GraphEntry& entry, const Extent& bucket, const Extent& extent) const;
   absl::Status Arm(Stream& stream, int graph, const Extent& extent);
@@ -177,15 +180,15 @@ class BufferManager::Impl {
   bool step_open = false;
   Extent step_bucket;
   Extent step_extent;
-  bool awaiting_launch = false;  // armed by the runner, which has not said yet what became of the launch
+  std::atomic<bool> awaiting_launch{false};  // armed by the runner, which has not said yet what became of the launch
 
   std::vector<buffers::GraphEntry> graphs;  // by id; kMaxGraphs are reserved
   std::vector<std::unique_ptr<const std::string>> graph_names;
   const char* current_graph = "";  // the runner that captures, or captured last
   int64_t runs = 0;
   int64_t replays = 0;
-  const void* last_stream = nullptr;  // native, of the last replay
-  std::unique_ptr<Event> replayed;    // end of the last replay that a runner launched
+  const void* last_stream = nullptr;  // native, of the last replay or eager prologue
+  std::unique_ptr<Event> replayed;    // end of the last replay that a runner launched, or of a later eager prologue
 };
 
 absl::Status SecondThread();

@@ -103,7 +103,7 @@ absl::StatusOr<std::vector<Violation>> FindPolluter(BufferManager& manager, Stre
   }
   if (outcome.ok()) outcome = look("before the end of the body");
 
-  PRISTINE_RETURN_IF_ERROR(manager.RestoreAll(stream, bucket));
+  PRISTINE_RETURN_IF_ERROR(impl.RestoreAll(stream, bucket, true, false));  // it was all found above
   for (const auto& [band, offset] : before.bands) {
     PRISTINE_RETURN_IF_ERROR(stream.Fill(band->memory, buffers::kGuardPattern));
   }

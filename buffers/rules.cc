@@ -50,7 +50,8 @@ absl::Status Invalid(const BufferSpec& spec, const std::string& what) {
 
 absl::Status CheckAxis(const BufferSpec& spec, int64_t capacity) {
   const Axis& axis = spec.axis;
-  if (axis.per < 1) return Invalid(spec, absl::StrCat("axis counts ", axis.per, " elements per unit; at least 1"));
+  if (axis.per < 1)
+    return Invalid(spec, absl::StrCat("axis counts ", axis.per, " elements per unit; it must be in [1, 2^31)"));
   const bool plus_one = axis.unit == Axis::Unit::kRequestsPlusOne;
   const bool counted = plus_one || axis.unit == Axis::Unit::kRequests || axis.unit == Axis::Unit::kTokens;
   if (counted && (capacity - (plus_one ? 1 : 0)) % axis.per != 0) {
@@ -112,20 +113,22 @@ absl::Status ResolveRules(const BufferSpec& spec, int64_t capacity, size_t eleme
         return Invalid(spec, absl::StrCat("contract.min_length is ", spec.contract.min_length,
                                           "; it must be in [0, limit ", spec.limit, "]"));
       }
-      record.pad = record.harmless = spec.contract.min_length;
+      record.lower = record.pad = record.harmless = spec.contract.min_length;
       break;
     case Kind::kPageTable:
       record.pad = record.harmless = spec.dummy;
       break;
     case Kind::kSlot:
       record.lower = spec.contract.negative_ok ? -1 : 0;
-      record.pad = record.harmless = spec.contract.negative_ok ? -1 : spec.dummy;
+      record.pad = record.harmless = SlotPad(spec);
       break;
     default:
       break;
   }
   return absl::OkStatus();
 }
+
+int32_t SlotPad(const BufferSpec& spec) { return spec.contract.negative_ok ? -1 : spec.dummy; }
 
 absl::Status CheckOriginal(const BufferSpec& spec, const BufferRecord& record, absl::Span<const std::byte> original) {
   if (!record.integers) return absl::OkStatus();
@@ -146,6 +149,10 @@ absl::Status CheckOriginal(const BufferSpec& spec, const BufferRecord& record, a
     if (value < lower || value > record.upper) {
       return Invalid(spec,
                      absl::StrCat("original[", i, "] is ", value, "; it must be in [", lower, ", ", record.upper, "]"));
+    }
+    if (spec.kind == Kind::kSlot && value != record.pad) {
+      return Invalid(spec, absl::StrCat("original[", i, "] is ", value, "; every original of a slot must be ",
+                                        record.pad, ", so that warm-ups write nothing"));
     }
   }
   return absl::OkStatus();

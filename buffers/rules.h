@@ -17,6 +17,9 @@ namespace pristine::buffers {
 absl::Status ResolveRules(const BufferSpec& spec, int64_t capacity, size_t element_bytes, bool is_int32,
                           BufferRecord& record);
 
+// What padded and original slots hold.
+int32_t SlotPad(const BufferSpec& spec);
+
 // INVALID_ARGUMENT, with index and value, unless `original` obeys the rule of its kind.
 absl::Status CheckOriginal(const BufferSpec& spec, const BufferRecord& record, absl::Span<const std::byte> original);
 

@@ -32,9 +32,9 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
 absl::Status StagingRing::Open(uint64_t sequence) {
   PRISTINE_ASSIGN_OR_RETURN(const bool free, CopiedOf(sequence).IsReached());
   if (!free) {
-    return absl::ResourceExhaustedError(absl::StrCat("all ", slots(), " staging slots are in flight: step ", sequence,
-                                                     " needs the slot of step ", sequence - slots(),
-                                                     ", whose values have not been copied yet; see WaitForSlot"));
+    return absl::ResourceExhaustedError(absl::StrCat("all ", slots(),
+                                                     " staging slots are in flight: the slot for step ", sequence,
+                                                     " still holds values that have not been copied; see WaitForSlot"));
   }
   sequence_ = sequence;
   slot_ = pinned_.host() + (sequence % copied_.size()) * stride_;
@@ -46,17 +46,31 @@ absl::Status StagingRing::Open(uint64_t sequence) {
 
 absl::Status StagingRing::Wait(uint64_t sequence) { return CopiedOf(sequence).Synchronize(); }
 
+void StagingRing::WaitAll() {
+  for (const std::unique_ptr<Event>& copied : copied_) copied->Synchronize().IgnoreError();
+}
+
 absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int64_t count) {
-  auto& placed = reinterpret_cast<SlotEntry*>(slot_ + sizeof(SlotHeader))[entry];
+  auto* const all = reinterpret_cast<SlotEntry*>(slot_ + sizeof(SlotHeader));
+  SlotEntry& placed = all[entry];
   size_t& room = room_[static_cast<size_t>(entry)];
-  const size_t need = Footprint(values.size());
-  if (placed.offset == 0 || need > room) {
-    if (used_ + need > stride_) {
+  const size_t need = Footprint(std::max<size_t>(values.size(), 1));  // no two entries start at one place
+  if (need > room) {
+    const size_t more = need - room;
+    if (used_ + more > stride_) {
       return absl::ResourceExhaustedError(
-          absl::StrCat("the staging slot is full: ", need, " bytes wanted, ", stride_ - used_, " left of ", stride_));
+          absl::StrCat("the staging slot is full: ", more, " bytes wanted, ", stride_ - used_, " left of ", stride_));
     }
-    placed.offset = static_cast<int64_t>(used_);
-    used_ += need;
+    if (placed.offset == 0) {
+      placed.offset = static_cast<int64_t>(used_);
+    } else {  // the entries behind it make room, so that a slot never needs more than the buffers' capacities
+      std::byte* const end = slot_ + placed.offset + room;
+      std::memmove(end + more, end, static_cast<size_t>(slot_ + used_ - end));
+      for (int i = 0; i < entries_; ++i) {
+        if (all[i].offset > placed.offset) all[i].offset += static_cast<int64_t>(more);
+      }
+    }
+    used_ += more;
     room = need;
   }
   placed.count = count;

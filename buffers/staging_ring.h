@@ -27,9 +27,11 @@ class StagingRing {
   absl::Status Open(uint64_t sequence);
   // Blocks until Open(sequence) would find its slot.
   absl::Status Wait(uint64_t sequence);
-  // Puts `values` into the open slot as entry `entry`; again for the same entry replaces them. RESOURCE_EXHAUSTED:
-  // full.
+  // Puts `values` into the open slot as entry `entry`; again for the same entry replaces them and gives back what they
+  // occupied. RESOURCE_EXHAUSTED: full.
   absl::Status Put(int entry, absl::Span<const std::byte> values, int64_t count);
+  // Blocks until no slot is being copied.
+  void WaitAll();
   // Queues the copy of the open slot to the device; the pinned slot is busy until it has run.
   absl::Status Send(Stream& stream, const SlotHeader& header);
 

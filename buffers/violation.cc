@@ -38,7 +38,8 @@ std::string Violation::ToString() const {
       absl::StrAppend(&text, "expected step ", expected, ", found ", actual);
       break;
     case Kind::kWrongBucket:
-      absl::StrAppend(&text, "the step is for ", actual, " requests, the graph for ", expected);
+      absl::StrAppend(&text, "the step is for ", actual, index == 1 ? " tokens" : " requests", ", the graph for ",
+                      expected);
       break;
     case Kind::kUndeclaredWrite:
       absl::StrAppend(&text, buffer, "[", index, "]");

@@ -96,7 +96,9 @@ struct PrologueParams {
   ChunkTable chunks[kMaxChunks];
   int32_t num_chunks = 0;
   PrologueMode mode = PrologueMode::kReplay;
-  bool restore = true;  // whether kRestored buffers may be touched
+  bool restore = true;              // whether kRestored buffers are put back
+  bool neutralise_restored = true;  // whether they are made harmless with the rest
+  bool compare_constants = false;   // kRestoreAll only: report constants that differ before they are put back
   bool poison_scratch = false;
   bool neutralise = true;  // what a broken rule leads to, besides a report
   bool trap = false;

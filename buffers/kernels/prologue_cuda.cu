@@ -14,7 +14,7 @@ struct Step {
   uint64_t replay;        // as reports name it
   const std::byte* slot;  // null: nothing to place
   int32_t requests, tokens;
-  int32_t other_requests;  // of the step's bucket, where it is not the graph's
+  int32_t other_requests, other_tokens;  // of the step's bucket, where it is not the graph's
   bool check;
   bool not_armed, armed_twice, wrong_bucket;
 };
@@ -52,6 +52,7 @@ __device__ Step ChooseStep(const PrologueParams& p, const Armed* slots, uint64_t
   step.armed_twice = step.newest > consumed + 1;
   step.wrong_bucket = armed.bucket_requests != p.bucket.requests || armed.bucket_tokens != p.bucket.tokens;
   step.other_requests = armed.bucket_requests;
+  step.other_tokens = armed.bucket_tokens;
   if (step.wrong_bucket) return step;
   step.requests = armed.requests;
   step.tokens = armed.tokens;
@@ -219,6 +220,7 @@ __device__ void DoTile(const PrologueParams& p, const Step& step, const BufferRe
   const int64_t end = min(begin + kTileBytes, bytes);
   const Role role = static_cast<Role>(record.role);
   if (p.mode == PrologueMode::kRestoreAll) {
+    if (p.compare_constants && role == Role::kConstant) return CompareTile(p, record, begin, end);
     if (role != Role::kRestored || p.restore) CopyBytes(record.live, record.original, begin, end, false);
     return;
   }
@@ -295,7 +297,9 @@ __device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportR
     if (step.not_armed) Report(ring, KindOf(Violation::Kind::kNotArmed), -1, 0, next, newest);
     if (step.armed_twice) Report(ring, KindOf(Violation::Kind::kArmedTwice), -1, 0, next, newest);
     if (step.wrong_bucket) {
-      Report(ring, KindOf(Violation::Kind::kWrongBucket), -1, 0, p.bucket.requests, step.other_requests);
+      const bool tokens = step.other_requests == p.bucket.requests;
+      Report(ring, KindOf(Violation::Kind::kWrongBucket), -1, tokens ? 1 : 0,
+             tokens ? p.bucket.tokens : p.bucket.requests, tokens ? step.other_tokens : step.other_requests);
     }
   }
   __syncthreads();
@@ -320,7 +324,7 @@ __device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportR
 __device__ void Neutralise(const PrologueParams& p) {
   ForEachBuffer(p, [&](const BufferRecord& record) {
     const Role role = static_cast<Role>(record.role);
-    if (role != Role::kRefilled && !(role == Role::kRestored && p.restore)) return;
+    if (role != Role::kRefilled && !(role == Role::kRestored && p.neutralise_restored)) return;
     const int64_t end = TailEnd(p, record);
     if (record.integers) {
       PadIntegers(record, 0, end, record.harmless);

@@ -72,7 +72,9 @@ class Prologue {
       Flag(Violation::Kind::kArmedTwice, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(newest->sequence));
     }
     if (newest->bucket != params_.bucket) {
-      Flag(Violation::Kind::kWrongBucket, -1, 0, params_.bucket.requests, newest->bucket.requests);
+      const bool tokens = newest->bucket.requests == params_.bucket.requests;
+      Flag(Violation::Kind::kWrongBucket, -1, tokens ? 1 : 0, tokens ? params_.bucket.tokens : params_.bucket.requests,
+           tokens ? newest->bucket.tokens : newest->bucket.requests);
       return;
     }
     extent_ = newest->extent;
@@ -82,6 +84,7 @@ class Prologue {
 
   void Prepare(const BufferRecord& record) {
     if (params_.mode == PrologueMode::kRestoreAll) {
+      if (params_.compare_constants && record.role == static_cast<int32_t>(Role::kConstant)) return Heal(record);
       if (record.role != static_cast<int32_t>(Role::kRestored) || params_.restore) Restore(record);
       return;
     }
@@ -180,7 +183,7 @@ class Prologue {
 
   void Neutralise(const BufferRecord& record) const {
     const Role role = static_cast<Role>(record.role);
-    if (role == Role::kRefilled || (role == Role::kRestored && params_.restore)) {
+    if (role == Role::kRefilled || (role == Role::kRestored && params_.neutralise_restored)) {
       FillElements(record, 0, TailEnd(record), record.harmless);
     }
   }
@@ -220,7 +223,8 @@ void PrologueWrites(const PrologueParams& params, WriteList& writes) {
     const Role role = static_cast<Role>(record.role);
     const bool all = params.mode == PrologueMode::kRestoreAll;
     const bool replay = params.mode == PrologueMode::kReplay;
-    const bool may = role == Role::kRestored  ? params.restore
+    const bool harmless = replay && params.neutralise && params.neutralise_restored;
+    const bool may = role == Role::kRestored  ? params.restore || harmless
                      : role == Role::kScratch ? all || (replay && params.poison_scratch)
                                               : all || replay;
     if (may) writes.Add(record.live, static_cast<size_t>(record.capacity * record.element_bytes));

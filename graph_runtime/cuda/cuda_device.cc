@@ -62,7 +62,7 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(int ordinal, const Cu
   traits.capability = 10 * properties.major + properties.minor;
   traits.watch_alignment = kAlignment;
   return std::unique_ptr<Device>(
-      new CudaDevice(std::move(traits), ordinal, options, driver, context, can_map_memory != 0));
+      new CudaDevice(std::move(traits), ordinal, options, driver, context, can_map_memory != 0 && options.protect));
 }
 
 CudaDevice::CudaDevice(Traits traits, int ordinal, const CudaOptions& options, const CudaDriver& driver,

@@ -24,6 +24,7 @@ class HostDevice final : public Device {
   explicit HostDevice(const HostOptions& options)
       : Device(Backend::kHost, MakeTraits(options)),
         deferred_(options.run == HostOptions::Run::kDeferred),
+        protect_(options.protect),
         heap_(options.memory, watch_alignment()),
         guard_(options.enforce_accesses ? std::make_unique<host::AccessGuard>() : nullptr) {}
 
@@ -60,7 +61,7 @@ class HostDevice final : public Device {
     }
     buffer.address_ = buffer.writable_ = address;
     buffer.mapped_ = mapped;
-    buffer.level_ = ProtectionLevel::kHardware;
+    buffer.level_ = protect_ ? ProtectionLevel::kHardware : ProtectionLevel::kDigest;
     return absl::OkStatus();
   }
   absl::Status DoWriteProtected(ProtectedBuffer& buffer, size_t offset, absl::Span<const std::byte> values) override {
@@ -68,6 +69,7 @@ class HostDevice final : public Device {
     return absl::OkStatus();
   }
   absl::Status DoSeal(ProtectedBuffer& buffer) override {
+    if (!protect_) return absl::OkStatus();
     if (mprotect(buffer.address_, buffer.mapped_, PROT_READ) != 0) {
       return absl::InternalError(absl::StrCat("mprotect: ", std::strerror(errno)));
     }
@@ -76,7 +78,7 @@ class HostDevice final : public Device {
     return absl::OkStatus();
   }
   void DoFreeProtected(ProtectedBuffer& buffer) noexcept override {
-    sealed_.Remove(buffer.address_);
+    if (protect_) sealed_.Remove(buffer.address_);
     munmap(buffer.address_, buffer.mapped_);
   }
 
@@ -122,6 +124,7 @@ class HostDevice final : public Device {
   }
 
   const bool deferred_;
+  const bool protect_;
   host::GuardedHeap heap_;
   host::SealedRanges sealed_;
   const std::unique_ptr<host::AccessGuard> guard_;  // null: not enforcing

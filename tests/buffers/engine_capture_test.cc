@@ -99,6 +99,8 @@ TYPED_TEST(EngineCaptureTest, ADoublyArmedLaunchIsNeutralisedAndReported) {
   ASSERT_OK(this->Arm({6}));
   EXPECT_EQ(this->Run(), Ints(4, 0));
   this->ExpectOne(Violation::Kind::kArmedTwice, 1, 2);
+  EXPECT_EQ(this->Run(), Ints(4, 0)) << "the second launch has no step of its own left";
+  this->ExpectOne(Violation::Kind::kNotArmed, 3, 2);
   ASSERT_OK(this->Arm({7}));
   EXPECT_EQ(this->Run(), (Ints{7, 0, 0, 0}));
   EXPECT_EQ(Describe(this->Poll()), "");
@@ -132,6 +134,15 @@ TYPED_TEST(EngineCaptureTest, AStepArmedForAnotherBucketIsNeutralisedAndReported
   ASSERT_OK(this->manager().BeforeReplay(*this->stream(), {2, 2}, {1, 1}));
   EXPECT_EQ(this->Run(), Ints(4, 0));
   this->ExpectOne(Violation::Kind::kWrongBucket, 4, 2);
+  // As many requests: the tokens tell.
+  ASSERT_OK(this->manager().BeginStep({4, 8}, {1, 1}));
+  ASSERT_OK(this->Refill(this->lengths_, {5}));
+  ASSERT_OK(this->manager().BeforeReplay(*this->stream(), {4, 8}, {1, 1}));
+  EXPECT_EQ(this->Run(), Ints(4, 0));
+  const std::vector<Violation> found = this->Poll();
+  ASSERT_EQ(found.size(), 1u) << Describe(found);
+  EXPECT_NE(found[0].ToString().find("the step is for 8 tokens, the graph for 4"), std::string::npos)
+      << Describe(found);
   ASSERT_OK(this->Arm({7}));
   EXPECT_EQ(this->Run(), (Ints{7, 0, 0, 0}));
 }

@@ -37,7 +37,10 @@ int64_t CountOf(const Axis& axis, const Extent& extent, int64_t capacity) {
   return capacity;
 }
 
-int32_t Lowest(const BufferSpec& spec) { return spec.kind == Kind::kSlot && spec.contract.negative_ok ? -1 : 0; }
+int32_t Lowest(const BufferSpec& spec) {
+  if (spec.kind == Kind::kLength) return spec.contract.min_length;
+  return spec.kind == Kind::kSlot && spec.contract.negative_ok ? -1 : 0;
+}
 int32_t Highest(const BufferSpec& spec) {
   return spec.kind == Kind::kLength || spec.kind == Kind::kIndptr ? spec.limit : spec.limit - 1;
 }
@@ -123,6 +126,10 @@ class PropertyTest : public BufferTest<BackendT> {
       Model model;
       model.spec = RandomSpec(i, random);
       model.original = LegalValues(model.spec, RandomCapacity(model.spec.axis, random), random);
+      if (model.spec.kind == Kind::kSlot) {
+        std::fill(model.original.begin(), model.original.end(),
+                  model.spec.contract.negative_ok ? -1 : model.spec.dummy);
+      }
       model.live = model.original;
       if (random.Chance(25)) {
         const DeviceSpan<int32_t> memory = this->EngineMemory(Ints(model.original.size() + 1, 77));

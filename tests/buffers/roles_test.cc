@@ -41,7 +41,10 @@ TYPED_TEST(RolesTest, ACleanReplayReportsNothing) {
 TYPED_TEST(RolesTest, APollutedConstantIsReportedHealedAndCounted) {
   this->MakeManager(Always());
   const auto constant = this->template Register<int16_t>(Spec("page_size", Role::kConstant), {16, 17, 18, -19});
-  this->Capture({kLarge}, kEmptyBody);
+  const auto seen = this->template Register<int16_t>(Spec("seen", Role::kScratch), {0, 0, 0, 0});
+  this->Capture({kLarge}, [&](Stream& stream, const Extent&) {
+    return stream.Copy(AsWritableBytes(seen.live), AsBytes(constant.live));
+  });
   const auto bytes = AsWritableBytes(constant.live);
   for (const size_t byte : {size_t{0}, bytes.size() - 1}) {  // the first and the last
     this->Overwrite(bytes.address() + byte, std::byte{0x7F});
@@ -57,9 +60,94 @@ TYPED_TEST(RolesTest, APollutedConstantIsReportedHealedAndCounted) {
     EXPECT_EQ(found[0].bucket, kLarge);
     EXPECT_EQ(found[0].replay, byte == 0 ? 1 : 2);
     EXPECT_EQ(this->Read(constant), (std::vector<int16_t>{16, 17, 18, -19}));
+    EXPECT_EQ(this->Read(seen), (std::vector<int16_t>{16, 17, 18, -19})) << "healed before the body";
   }
   EXPECT_EQ(this->manager().stats().healed, 2);
   EXPECT_EQ(this->manager().stats().neutralised, 0);
+}
+
+TYPED_TEST(RolesTest, AConstantThatAWarmUpPollutesIsReportedHealedAndCounted) {
+  for (const auto check : {ManagerOptions::Check::kSampled, ManagerOptions::Check::kOff}) {
+    ManagerOptions options;
+    options.check = check;
+    this->runner_.reset();
+    this->MakeManager(options);
+    const auto constant = this->Register(Spec("constant", Role::kConstant), {1, 2, 3});
+    this->Capture({kLarge}, [&](Stream& stream, const Extent&) {
+      if (stream.capturing()) return absl::OkStatus();
+      return Launch(stream, kSetValue, SetValueParams{constant.live.address(), 2, 9});
+    });
+    EXPECT_EQ(this->Read(constant), (std::vector<int32_t>{1, 2, 3}));
+    const std::vector<Violation> found = this->Poll();
+    if (check == ManagerOptions::Check::kOff) {
+      EXPECT_EQ(Describe(found), "");
+      continue;
+    }
+    ASSERT_EQ(found.size(), 1u) << Describe(found);
+    EXPECT_EQ(found[0].ToString(), "polluted: constant[2] is 9, was 3 (graph decode {4 requests, 4 tokens})");
+    EXPECT_EQ(found[0].replay, 0);
+    EXPECT_EQ(this->manager().stats().healed, 1);
+  }
+}
+
+TYPED_TEST(RolesTest, LargeBuffersInTwoChunksAreHealedAndRestoredToTheirLastByte) {
+  this->MakeManager(Always());
+  const std::vector<int32_t> original(2 << 20, 7);  // 8 MB: more tiles than a launch has blocks
+  const auto constant = this->Register(Spec("constant", Role::kConstant), original);
+  ASSERT_OK(this->manager().Seal());
+  const auto restored = this->Register(Spec("restored", Role::kRestored), original);
+  this->Capture({kLarge}, kEmptyBody, 0);
+  for (const auto& buffer : {constant, restored}) {
+    this->Overwrite(AsWritableBytes(buffer.live).address() + original.size() * 4 - 1, std::byte{0x70});
+  }
+  ASSERT_OK(this->Step(kLarge, kLarge));
+  EXPECT_TRUE(this->Read(constant) == original);
+  EXPECT_TRUE(this->Read(restored) == original);
+  const std::vector<Violation> found = this->Poll();
+  ASSERT_EQ(found.size(), 1u) << Describe(found);
+  EXPECT_STREQ(found[0].buffer, "constant");
+  EXPECT_EQ(found[0].index, static_cast<int64_t>(original.size()) - 1);
+  EXPECT_EQ(this->manager().stats().expected_writes, 1);
+}
+
+TYPED_TEST(RolesTest, ASecondChunkIsHealedNeutralisedAndGuardedLikeTheFirst) {
+  this->MakeManager(Always());
+  const auto first = this->Register(Spec("first", Role::kRefilled, Kind::kLength, Axis::Requests()), {1, 1, 1, 1});
+  ASSERT_OK(this->manager().Seal());
+  BufferSpec spec = Spec("second", Role::kRefilled, Kind::kLength, Axis::Requests());
+  spec.limit = 10;
+  const auto second = this->Register(spec, {1, 1, 1, 1});
+  const auto constant = this->Register(Spec("constant", Role::kConstant), {5, 6});
+  this->Capture({kLarge}, kEmptyBody);
+  const auto step = [&](int32_t length) -> absl::Status {
+    PRISTINE_RETURN_IF_ERROR(this->manager().BeginStep(kLarge, {1, 1}));
+    PRISTINE_RETURN_IF_ERROR(this->Refill(first, {3}));
+    PRISTINE_RETURN_IF_ERROR(this->Refill(second, {length}));
+    return this->Replay(kLarge, {1, 1});
+  };
+  this->Overwrite(AsWritableBytes(constant.live).address() + 4, std::byte{9});
+  ASSERT_OK(step(11));
+  EXPECT_EQ(this->Read(first), (std::vector<int32_t>{0, 0, 0, 0}));
+  EXPECT_EQ(this->Read(second), (std::vector<int32_t>{0, 0, 0, 0}));
+  EXPECT_EQ(this->Read(constant), (std::vector<int32_t>{5, 6}));
+  EXPECT_EQ(this->Poll().size(), 2u) << "a polluted constant and a broken rule";
+  ASSERT_OK(step(10));
+  EXPECT_EQ(this->Read(second), (std::vector<int32_t>{10, 0, 0, 0}));
+  this->Overwrite(AsWritableBytes(second.live).address() + 16, std::byte{1});
+  ASSERT_OK_AND_ASSIGN(const std::vector<Violation> found, this->manager().Verify(*this->stream()));
+  ASSERT_EQ(found.size(), 1u) << Describe(found);
+  EXPECT_EQ(found[0].kind, Violation::Kind::kGuardBand);
+  EXPECT_STREQ(found[0].buffer, "second");
+  EXPECT_EQ(found[0].index, 16);
+}
+
+TYPED_TEST(RolesTest, AnAdoptedSlotsOriginalIsItsPadWhateverTheMemoryHolds) {
+  this->MakeManager();
+  const auto memory = this->EngineMemory({3, 4, 5, 6});
+  ASSERT_OK_AND_ASSIGN(const auto slots, this->manager().template Adopt<int32_t>(
+                                             Spec("slots", Role::kRefilled, Kind::kSlot, Axis::Requests()), memory));
+  ASSERT_OK(this->manager().Seal());
+  EXPECT_EQ(this->Read(slots), std::vector<int32_t>(4, -1));
 }
 
 TYPED_TEST(RolesTest, SampledChecksRunEveryNthReplay) {

@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <new>
 
+#include "pristine/attention/decode_plan.h"
 #include "tests/buffers/buffer_fixture.h"
+#include "tests/buffers/engine.h"
 
 namespace {
 thread_local int64_t allocations = 0;  // of this thread, by operator new
@@ -105,6 +107,79 @@ TYPED_TEST(StagingTest, RefillReplayAndPollReturnWhileAKernelBlocks) {
   EXPECT_EQ(std::atomic_ref<int>(*this->flag_.template As<int>().data()).load(), 0) << "nothing waited for the latch";
   ASSERT_OK_AND_ASSIGN(const bool idle, this->stream()->IsIdle());
   EXPECT_FALSE(idle);
+}
+
+TYPED_TEST(StagingTest, ALargerRefillLaterInAStepAlwaysFits) {
+  ManagerOptions options;
+  options.late_refill_bytes = 0;
+  this->MakeManager(options);
+  const auto pages = this->Register(Spec("pages", Role::kRefilled, Kind::kPageTable, Axis::Pages()), Ints(1000, 0));
+  const auto more = this->Register(Spec("more", Role::kRefilled, Kind::kPageTable, Axis::Pages()), Ints(1000, 0));
+  const auto last = this->Register(Spec("last", Role::kRefilled), Ints(3, 0));
+  this->Capture({kBucket}, kEmptyBody);
+  ASSERT_OK(this->manager().BeginStep(kBucket, {1, 1}));
+  ASSERT_OK(this->Refill(pages, {}));
+  ASSERT_OK(this->Refill(more, Ints(900, 1)));
+  ASSERT_OK(this->Refill(last, {7, 8, 9}));
+  for (const size_t size : {700, 900, 10, 1000}) {
+    ASSERT_OK(this->Refill(pages, Ints(size, static_cast<int32_t>(size)))) << size;
+    ASSERT_OK(this->Refill(more, Ints(1000, 2)));
+  }
+  ASSERT_OK(this->Replay(kBucket, {1, 1}));
+  EXPECT_EQ(this->Read(pages), Ints(1000, 1000));
+  EXPECT_EQ(this->Read(more), Ints(1000, 2));
+  EXPECT_EQ(this->Read(last), (Ints{7, 8, 9}));
+  EXPECT_EQ(Describe(this->Poll()), "");
+}
+
+TYPED_TEST(StagingTest, AStepOfAGraphThatTheEngineLaunchesAllocatesNothing) {
+  this->MakeManager();
+  const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 9));
+  ASSERT_OK(this->manager().Seal());
+  ASSERT_OK(EngineBeginCapture(*this->stream()));
+  EXPECT_OK(this->manager().RecordPrologue(*this->stream(), kBucket));
+  ASSERT_OK_AND_ASSIGN(EngineLaunch launch, EngineEndCapture(*this->stream()));
+  const Ints values = {5, 6};
+  const auto step = [&]() -> absl::Status {
+    PRISTINE_RETURN_IF_ERROR(this->manager().BeginStep(kBucket, {2, 2}));
+    PRISTINE_RETURN_IF_ERROR(this->manager().template Refill<int32_t>(lengths, values));
+    PRISTINE_RETURN_IF_ERROR(this->manager().BeforeReplay(*this->stream(), kBucket, {2, 2}));
+    PRISTINE_RETURN_IF_ERROR(launch(*this->stream()));
+    return this->stream()->Synchronize();
+  };
+  for (int i = 0; i < 3; ++i) ASSERT_OK(step());
+  const size_t device_allocations = this->device().total_allocations();
+  const int64_t before = allocations;
+  for (int i = 0; i < 6; ++i) {
+    if (!step().ok()) FAIL();
+  }
+  EXPECT_EQ(allocations - before, 0);
+  EXPECT_EQ(this->device().total_allocations(), device_allocations);
+  launch = nullptr;
+}
+
+TYPED_TEST(StagingTest, APlanAllocatesNothing) {
+  this->MakeManager();
+  attention::DecodePlanConfig config;
+  config.buckets = {kBucket};
+  config.q_heads = 4;
+  config.kv_heads = 2;
+  config.head_dim = 64;
+  config.max_row_tokens = 1 << 16;
+  ASSERT_OK_AND_ASSIGN(const auto plan, attention::DecodePlan::Create(this->manager(), config));
+  this->Capture({kBucket}, kEmptyBody);
+  int64_t during = 0;
+  for (int i = 0; i < 6; ++i) {
+    ASSERT_OK(this->manager().BeginStep(kBucket, kBucket));
+    const Ints lengths = {1 + i, 300 * i, 40000, 1 << 16};
+    const int64_t before = allocations;
+    const absl::Status status = plan->Plan(kBucket, lengths);
+    during += allocations - before;
+    ASSERT_OK(status);
+    ASSERT_OK(this->Replay(kBucket, kBucket));
+  }
+  EXPECT_EQ(during, 0);
+  EXPECT_EQ(Describe(this->Poll()), "");
 }
 
 TYPED_TEST(StagingTest, AStepAllocatesNothing) {

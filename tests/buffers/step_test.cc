@@ -4,6 +4,7 @@
 #include <memory>
 #include <thread>
 
+#include "pristine/graph_runtime/graph.h"
 #include "tests/buffers/append_kernel.h"
 #include "tests/buffers/buffer_fixture.h"
 
@@ -242,11 +243,16 @@ TYPED_TEST(StepTest, LaterRegistrationsFormNewChunksAndNothingMoves) {
   this->Capture({kSmall, kLarge}, [&](Stream& stream, const Extent&) {
     return Launch(stream, kAddOne, AddOneParams{first.live.address(), 2});
   });
+  const int32_t* const live = first.live.address();
+  const std::byte* const original = this->manager().original(first.id).address();
+  ASSERT_NE(original, nullptr);
   const auto second = this->Register(Spec("second", Role::kRefilled), {3, 4});
   EXPECT_FALSE(this->manager().sealed());
   ASSERT_OK(this->Step(kSmall, {1, 1})) << "a graph asks only for what existed when it was captured";
   ASSERT_OK(this->runner_->Recapture(*this->stream(), kLarge));
   EXPECT_TRUE(this->manager().sealed());
+  EXPECT_EQ(first.live.address(), live);
+  EXPECT_EQ(this->manager().original(first.id).address(), original);
   ASSERT_OK(this->Step(kSmall, {1, 1}));
   EXPECT_STATUS(this->Step(kLarge, {1, 1}), kFailedPrecondition, "buffer second");
   ASSERT_OK(this->manager().BeginStep(kLarge, {1, 1}));
@@ -305,7 +311,75 @@ TYPED_TEST(StepTest, RecapturingMidRunLeavesEveryOtherLiveByteUnchanged) {
   EXPECT_EQ(this->Read(pool), before);
 }
 
+TYPED_TEST(StepTest, ARecaptureThatFailsInItsWarmUpLeavesTheChecksOn) {
+  this->MakeManager();
+  const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(8, 1));
+  bool fail = false;
+  this->Capture({kSmall}, [&](Stream&, const Extent&) {
+    return fail ? absl::UnavailableError("no warm-up today") : absl::OkStatus();
+  });
+  for (int again = 0; again < 2; ++again) {
+    fail = true;
+    EXPECT_STATUS(this->runner_->Recapture(*this->stream(), kSmall), kUnavailable, "no warm-up today");
+    EXPECT_STATUS(this->Step(kSmall, {1, 1}), kFailedPrecondition, "buffer lengths was last refilled");
+    fail = false;
+    ASSERT_OK(this->runner_->Recapture(*this->stream(), kSmall));
+  }
+  ASSERT_OK(this->manager().BeginStep(kSmall, {1, 1}));
+  ASSERT_OK(this->Refill(lengths, {5}));
+  ASSERT_OK(this->Replay(kSmall, {1, 1}));
+  EXPECT_EQ(Describe(this->Poll()), "");
+}
+
 // --- order and threads ---
+
+TYPED_TEST(StepTest, AnotherStreamIsRefusedWhileARestoreStillRuns) {
+  this->MakeManager();
+  ASSERT_OK_AND_ASSIGN(const PinnedBuffer flag, this->device().AllocatePinned(sizeof(int), "flag"));
+  const auto latch = [&flag] { return std::atomic_ref<int>(*flag.template As<int>().data()); };
+  this->Register(Spec("restored", Role::kRestored), {1});
+  this->Capture({kSmall}, kEmptyBody);
+  ASSERT_OK_AND_ASSIGN(const auto other, this->device().CreateStream());
+  for (const bool all : {false, true}) {
+    latch().store(0);
+    ASSERT_OK(Launch(*this->stream(), kSpin, SpinParams{static_cast<int*>(flag.device_address())}));
+    ASSERT_OK(all ? this->manager().RestoreAll(*this->stream(), kSmall) : this->manager().Restore(*this->stream()));
+    ASSERT_OK(this->manager().BeginStep(kSmall, {1, 1}));
+    const absl::Status refused = this->runner_->Replay(*other, kSmall, {1, 1});
+    latch().store(1);
+    EXPECT_STATUS(refused, kFailedPrecondition, "still runs on another stream");
+    ASSERT_OK(this->stream()->Synchronize());
+    EXPECT_OK(this->runner_->Replay(*other, kSmall, {1, 1}));
+    ASSERT_OK(other->Synchronize());
+  }
+  EXPECT_EQ(Describe(this->Poll()), "");
+}
+
+TYPED_TEST(StepTest, AManagerThatDiesDuringACaptureWaitsForWhatItQueued) {
+  this->MakeManager();
+  ASSERT_OK_AND_ASSIGN(const PinnedBuffer flag, this->device().AllocatePinned(sizeof(int), "flag"));
+  const auto latch = [&flag] { return std::atomic_ref<int>(*flag.template As<int>().data()); };
+  this->Register(Spec("restored", Role::kRestored), {1});
+  ASSERT_OK(this->manager().Seal());
+  ASSERT_OK(Launch(*this->stream(), kSpin, SpinParams{static_cast<int*>(flag.device_address())}));
+  ASSERT_OK(this->manager().Restore(*this->stream()));
+  ASSERT_OK_AND_ASSIGN(const auto other, this->device().CreateStream());
+  std::thread releaser([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    latch().store(1);
+  });
+  bool released = false;
+  pristine::Capture(*other,
+                    [&](Stream&) {
+                      this->manager_.reset();
+                      released = latch().load() == 1;
+                      return absl::OkStatus();
+                    })
+      .status()
+      .IgnoreError();
+  releaser.join();
+  EXPECT_TRUE(released);
+}
 
 TYPED_TEST(StepTest, AnotherStreamIsRefusedWhileTheLastReplayStillRuns) {
   this->MakeManager();
@@ -319,7 +393,7 @@ TYPED_TEST(StepTest, AnotherStreamIsRefusedWhileTheLastReplayStillRuns) {
   ASSERT_OK(this->runner_->Replay(*this->stream(), kSmall, {1, 1}));
   ASSERT_OK(this->manager().BeginStep(kSmall, {1, 1}));
   EXPECT_STATUS(this->runner_->Replay(*other, kSmall, {1, 1}), kFailedPrecondition,
-                "step 1 still runs on another stream");
+                "step 1 or a restore after it still runs on another stream (the last step that began is");
   std::atomic_ref<int>(*flag.template As<int>().data()).store(1);
   ASSERT_OK(this->stream()->Synchronize());
   EXPECT_OK(this->runner_->Replay(*other, kSmall, {1, 1}));

@@ -134,7 +134,7 @@ TYPED_TEST(ReplayConformance, AFailedStreamRefusesLaunches) {
 
 TYPED_TEST(ReplayConformance, AStreamOfAnotherDeviceIsRefused) {
   std::unique_ptr<GraphExec> exec = this->MakeExec([](Stream&) { return absl::OkStatus(); });
-  ASSERT_OK_AND_ASSIGN(std::unique_ptr<Device> other, CreateHostDevice());
+  ASSERT_OK_AND_ASSIGN(std::unique_ptr<Device> other, CreateHostDevice({.enforce_accesses = true}));
   ASSERT_OK_AND_ASSIGN(std::unique_ptr<Stream> stream, other->CreateStream());
   EXPECT_STATUS(exec->Launch(*stream), kInvalidArgument, "another device");
 }

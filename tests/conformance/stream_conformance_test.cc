@@ -199,7 +199,7 @@ TYPED_TEST(StreamConformance, AnAdoptedStreamSharesTheQueueOfItsOwner) {
 }
 
 TYPED_TEST(StreamConformance, AnEventOfAnotherDeviceIsRefused) {
-  ASSERT_OK_AND_ASSIGN(std::unique_ptr<Device> host, CreateHostDevice());
+  ASSERT_OK_AND_ASSIGN(std::unique_ptr<Device> host, CreateHostDevice({.enforce_accesses = true}));
   ASSERT_OK_AND_ASSIGN(std::unique_ptr<Event> event, host->CreateEvent());
   EXPECT_STATUS(this->stream_->Record(*event), kInvalidArgument, "device");
   EXPECT_OK(this->stream_->Synchronize());

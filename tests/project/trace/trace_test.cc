@@ -30,7 +30,7 @@ std::string TakeRecords() {
 
 TEST(TraceTest, StepShowsAsRangesInTheDomainPristine) {
   ASSERT_EQ(setenv("NVTX_INJECTION64_PATH", NVTX_RECORDER, 1), 0);  // read at the first range
-  ASSERT_OK_AND_ASSIGN(auto device, CreateHostDevice());
+  ASSERT_OK_AND_ASSIGN(auto device, CreateHostDevice({.enforce_accesses = true}));
   ASSERT_OK_AND_ASSIGN(auto stream, device->CreateStream());
   ASSERT_OK_AND_ASSIGN(auto manager, BufferManager::Create(*device));
   ASSERT_OK_AND_ASSIGN(

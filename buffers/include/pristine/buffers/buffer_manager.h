@@ -52,7 +52,8 @@ struct ManagerOptions {
   int sample_every = 16;
   enum class Restore {
     kGraphHead,  // the prologue restores kRestored buffers at the head of each graph
-    kStream,     // the caller does, with Restore(stream); captures and warm-ups restore as always
+    kStream,     // the caller does, with Restore(stream), tails as in the original; captures and warm-ups restore as
+                 // always, and a violated replay is made harmless as always
     kOff,        // never, not even around warm-ups: what engines do today. For showing the bug
   } restore = Restore::kGraphHead;
   OnViolation on_violation = OnViolation::kNeutralise;
@@ -63,8 +64,11 @@ struct ManagerOptions {
 };
 
 // A manager is one ordered sequence: used by one thread at a time, and its replays follow each other on one stream, or
-// on streams that the caller orders. Checked: a second thread inside a call, or another stream while the last replay is
-// still running, is FAILED_PRECONDITION. Graphs that may run at the same time need two managers. BeginStep, Refill,
+// on streams that the caller orders. Checked: a second thread inside a call, or another stream while the last replay,
+// Restore or RestoreAll is still running, is FAILED_PRECONDITION. Of a graph that the engine launches by itself the
+// manager sees the prologue only: its body's end is for the engine to order. The accessors (stats, generation, name,
+// LastWriter, report_ring, …) and FindPolluter's own looks are not checked: call them from the manager's thread.
+// Graphs that may run at the same time need two managers. BeginStep, Refill,
 // Keep, Replay's hooks and Poll do not allocate, lock, log or synchronize.
 class BufferManager final : public GraphHook {
  public:
@@ -92,7 +96,8 @@ class BufferManager final : public GraphHook {
     static_assert(std::is_trivially_copyable_v<T>);
     return Typed<T>(RegisterBytes(spec, ElementOf<T>(), AsWritableBytes(live), Bytes(original), original.size()));
   }
-  // The same with the buffer's present contents as the original. Blocks while they are read back.
+  // The same with the buffer's present contents as the original; blocks while they are read back. A kSlot's original
+  // is its padded value instead, whatever it holds.
   template <class T>
   absl::StatusOr<Buffer<T>> Adopt(const BufferSpec& spec, DeviceSpan<T> live) {
     static_assert(std::is_trivially_copyable_v<T>);
@@ -146,6 +151,7 @@ class BufferManager final : public GraphHook {
   // Queues the copy of the originals of all kRestored buffers. For Restore::kStream.
   absl::Status Restore(Stream& stream);
   // Queues the copy of all originals, of all roles: the state that captures and warm-ups see, for graphs of `bucket`.
+  // Unless Check::kOff, constants are compared first: one that a warm-up polluted is reported, with replay 0.
   absl::Status RestoreAll(Stream& stream, const Extent& bucket);
   // Queues (or records) a check that `actual` equals `expected` over the bucket's part of `expected`'s axis; reports
   // kPlanMismatch at the first difference. The body goes on.

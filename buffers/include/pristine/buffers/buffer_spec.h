@@ -26,13 +26,17 @@ enum class Role {
 //   kind        live values must                     padded tail holds                    harmless value
 //   kIndptr     start at 0, not decrease,            the value at the last real index     flat: 0
 //               last <= limit
-//   kLength     be in [0, limit]                     contract.min_length                  contract.min_length
+//   kLength     be in [min_length, limit]            contract.min_length                  contract.min_length
 //   kPageTable  be in [0, limit)                     dummy                                dummy
 //   kSlot       be in [-1, limit); if !negative_ok   -1, or dummy if !negative_ok         the same
 //               in [0, limit)
 //   kPosition   be in [0, limit)                     0                                    0
 //   kMask       -                                    0 bytes                              0 bytes
 //   kOpaque     -                                    0 bytes                              0 bytes
+//
+// Originals obey the same rules; those of a kSlot are all its padded value, so that warm-ups write nothing. Tails of
+// kRestored buffers are padded by the prologue that restores them: with ManagerOptions::Restore::kStream or kOff they
+// hold what the caller put there.
 enum class Kind { kIndptr, kLength, kPageTable, kSlot, kPosition, kMask, kOpaque };
 
 // What elements are counted in. For a step of real extent `e` in a bucket `b`: elements [0, Count(e)) are real,
@@ -48,7 +52,11 @@ struct Axis {
   // As many as the refill gives; the tail goes on to the end of the array.
   static Axis Pages() { return {Unit::kPages, 1}; }
   // groups * requests rows of `columns`
-  static Axis Rows(int32_t columns, int32_t groups = 1) { return {Unit::kRequests, groups * columns}; }
+  static Axis Rows(int32_t columns, int32_t groups = 1) {
+    const int64_t per = int64_t{groups} * columns;
+    const bool fits = groups > 0 && columns > 0 && per <= std::numeric_limits<int32_t>::max();
+    return {Unit::kRequests, fits ? static_cast<int32_t>(per) : 0};  // Register refuses 0
+  }
 
   // Elements that belong to `extent`; for kFixed and kPages `capacity`.
   int64_t Count(const Extent& extent, int64_t capacity) const {
@@ -70,7 +78,7 @@ struct Axis {
 // What the wrapper that reads a buffer can bear in padded rows. Zero is not a universal pad value: a kernel that
 // computes block counts from length - 1 needs min_length 1 (vllm#35969), one that indexes with slots cannot take -1.
 struct WrapperContract {
-  int32_t min_length = 0;   // smallest legal kLength
+  int32_t min_length = 0;   // smallest legal kLength, of real rows too
   bool negative_ok = true;  // slot -1 is skipped; otherwise padded slots are `dummy`
   bool reads_tail = false;  // reads past the bucket, to the end of the array: then the tail is padded that far
 };

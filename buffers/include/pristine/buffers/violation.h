@@ -18,7 +18,8 @@ struct Violation {
     kPlanMismatch,  // plan and conversion disagree at index: planned, converted
     kNotArmed,      // an engine-owned graph ran without BeforeReplay
     kArmedTwice,    // BeforeReplay ran twice for one replay
-    kWrongBucket,   // the step was refilled for another bucket: expected and actual are requests
+    kWrongBucket,   // the step was refilled for another bucket: expected and actual are requests (index 0) or, where
+                    // those are equal, tokens (index 1)
     kGuardBand,     // bytes outside a buffer were written: index is the byte offset from its start
     kOriginalChanged,  // a sealed original was changed (only where ProtectionLevel is kDigest)
     kUndeclaredWrite,  // Host enforcement: `node` wrote without declaring it

@@ -143,8 +143,8 @@ class Device {
   // Captures in progress on this device, begun by Capture().
   void AddCapture(Stream* stream);
   void RemoveCapture(Stream* stream);
-  // FAILED_PRECONDITION: a stream of this device is capturing. Captures begun by the calling thread are then dead: their
-  // body did what it must not.
+  // FAILED_PRECONDITION: a stream of this device is capturing. Captures begun by the calling thread are then dead:
+  // their body did what it must not.
   absl::Status RefuseWhileCapturing(const std::string& call);
   absl::Status CheckMayAllocate(size_t bytes, const char* name);
 
@@ -168,6 +168,7 @@ struct HostOptions {
   } run = Run::kEager;
   bool enforce_accesses = false;     // see Device::Watch; slow, on in all tests
   MemoryResource* memory = nullptr;  // null: the process heap. Not owned
+  bool protect = true;               // false: as on a platform that cannot protect memory (ProtectionLevel::kDigest)
 };
 // A strict in-process device. Work runs on a worker thread per stream, never on the caller's. Fresh memory is 0xCB,
 // freed memory 0xDD, and guard bands surround each allocation: a damaged band is printed to stderr and aborts, on free.
@@ -175,6 +176,7 @@ absl::StatusOr<std::unique_ptr<Device>> CreateHostDevice(HostOptions options = {
 
 struct CudaOptions {
   MemoryResource* memory = nullptr;  // null: cudaMalloc. Not owned
+  bool protect = true;               // false: as on a GPU that cannot protect memory (ProtectionLevel::kDigest)
 };
 // UNIMPLEMENTED: built without CUDA. UNAVAILABLE: no driver, or no GPU `ordinal` (the message says how many there are).
 absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice(int ordinal = 0, CudaOptions options = {});
