@@ -88,7 +88,7 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
   report.restore = ToString(options->restore);
   absl::StatusOr<std::vector<TraceRequest>> trace =
       options->synthetic() ? SyntheticTrace(options->seed, options->step_limit() * options->step_ms * kTicksPerMs)
-                           : ReadTrace(options->trace);
+                           : ReadTrace(options->trace, options->format);
   if (trace.ok()) {
     Conclude(Run(*options, environment, *trace, report), report);
   } else {
