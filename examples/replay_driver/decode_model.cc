@@ -12,6 +12,48 @@
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine::replay_driver {
+namespace {
+
+// The longest request, in tokens.
+int32_t MaxLength(const ModelConfig& config) {
+  return std::max(config.pool_pages * config.page_size, attention::SparseRowBound(config.sparse));
+}
+// A step's pages: as many as the pool has, and in a capture as many as the worst case needs.
+int32_t MaxStepPages(const ModelConfig& config) {
+  const int32_t worst = (attention::SparseRowBound(config.sparse) - 1) / config.page_size + 1;
+  return std::max(config.pool_pages, config.max_batch() * worst);
+}
+
+attention::DecodePlanConfig SparsePlan(const ModelConfig& config) {
+  attention::DecodePlanConfig plan;
+  plan.name = "sparse_plan";
+  plan.buckets = config.buckets;
+  plan.rows_per_request = config.sparse.groups;
+  plan.q_heads = config.heads / config.sparse.groups;
+  plan.kv_heads = config.kv_heads / config.sparse.groups;
+  plan.head_dim = config.head_dim;
+  plan.dtype = config.dtype;
+  plan.page_size = 1;
+  plan.max_row_tokens = attention::SparseRowBound(config.sparse);
+  return plan;
+}
+
+attention::DecodePlanConfig WindowPlan(const ModelConfig& config) {
+  attention::DecodePlanConfig plan;
+  plan.name = "window_plan";
+  plan.buckets = config.buckets;
+  plan.q_heads = config.heads;
+  plan.kv_heads = config.kv_heads;
+  plan.head_dim = config.head_dim;
+  plan.dtype = config.dtype;
+  plan.page_size = config.page_size;
+  plan.window = config.window;
+  plan.max_row_tokens = MaxLength(config);
+  plan.worst_row_tokens = attention::SparseRowBound(config.sparse);
+  return plan;
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<DecodeModel>> DecodeModel::Create(Device& device, const ModelConfig& config,
                                                                  const KvPool& pool, const ManagerOptions& options) {
@@ -23,20 +65,32 @@ absl::StatusOr<std::unique_ptr<DecodeModel>> DecodeModel::Create(Device& device,
   return model;
 }
 
+int64_t DecodeModel::Bytes(const ModelConfig& config, int multiprocessors) {
+  const int64_t rows = int64_t{config.max_batch()} * config.sparse.groups;
+  int64_t scratch = rows * attention::SparseRowBound(config.sparse);  // values of 4 bytes
+  for (const attention::DecodePlanConfig& plan : {SparsePlan(config), WindowPlan(config)}) {
+    const int64_t items = attention::MaxItems(plan, config.buckets.back(), multiprocessors);
+    scratch += items * plan.q_heads * (plan.head_dim + 1);
+  }
+  const int64_t refilled = int64_t{MaxStepPages(config)} + (config.layers - 1) * rows * config.sparse.topk;
+  const int64_t slots = ManagerOptions().staging_slots;
+  const int64_t tensors = (int64_t{config.layers} + 3) * static_cast<int64_t>(config.q_bytes(config.max_batch()));
+  // Each buffer is there live, as the original and as the values that it is registered with; a refilled one also as its
+  // engine's and planner's copies and in every staging slot, pinned and on the device.
+  return 4 * (3 * scratch + (6 + 2 * slots) * refilled) + tensors;
+}
+
 absl::Status DecodeModel::RegisterAll() {
   const int32_t max_batch = config_.max_batch();
-  const int32_t bound = attention::SparseRowBound(config_.sparse);
-  const int32_t worst_pages = (bound - 1) / config_.page_size + 1;
-  const int32_t max_length = std::max(config_.pool_pages * config_.page_size, bound);
 
   attention::StepMetadataConfig metadata;
   metadata.max_requests = max_batch;
   metadata.max_tokens = max_batch;
   metadata.page_size = config_.page_size;
   metadata.num_pages = config_.pool_pages + 1;
-  metadata.max_step_pages = std::max(config_.pool_pages, max_batch * worst_pages);
-  metadata.max_length = max_length;
-  metadata.worst_length = bound;
+  metadata.max_step_pages = MaxStepPages(config_);
+  metadata.max_length = MaxLength(config_);
+  metadata.worst_length = attention::SparseRowBound(config_.sparse);
   PRISTINE_ASSIGN_OR_RETURN(metadata_, attention::StepMetadata::Create(*manager_, metadata));
 
   // A request's id selects what it computes with, as a state slot would: padding is -1.
@@ -54,28 +108,12 @@ absl::Status DecodeModel::RegisterAll() {
                               sparse_->RegisterTable(absl::StrCat("sparse_blocks.layer", layer)));
   }
 
-  attention::DecodePlanConfig plan;
-  plan.name = "sparse_plan";
-  plan.buckets = config_.buckets;
-  plan.rows_per_request = config_.sparse.groups;
-  plan.q_heads = config_.heads / config_.sparse.groups;
-  plan.kv_heads = config_.kv_heads / config_.sparse.groups;
-  plan.head_dim = config_.head_dim;
-  plan.dtype = config_.dtype;
-  plan.page_size = 1;
-  plan.max_row_tokens = bound;
-  plan.derived_from = {metadata_->lengths().id};
-  PRISTINE_ASSIGN_OR_RETURN(sparse_plan_, attention::DecodePlan::Create(*manager_, plan));
-
-  plan.name = "window_plan";
-  plan.rows_per_request = 1;
-  plan.q_heads = config_.heads;
-  plan.kv_heads = config_.kv_heads;
-  plan.page_size = config_.page_size;
-  plan.window = config_.window;
-  plan.max_row_tokens = max_length;
-  plan.worst_row_tokens = bound;
-  PRISTINE_ASSIGN_OR_RETURN(window_plan_, attention::DecodePlan::Create(*manager_, plan));
+  attention::DecodePlanConfig sparse_plan = SparsePlan(config_);
+  sparse_plan.derived_from = {metadata_->lengths().id};
+  PRISTINE_ASSIGN_OR_RETURN(sparse_plan_, attention::DecodePlan::Create(*manager_, sparse_plan));
+  attention::DecodePlanConfig window_plan = WindowPlan(config_);
+  window_plan.derived_from = {metadata_->lengths().id};
+  PRISTINE_ASSIGN_OR_RETURN(window_plan_, attention::DecodePlan::Create(*manager_, window_plan));
 
   const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   PRISTINE_ASSIGN_OR_RETURN(sparse_decode_, attention::PagedDecode::Create(*sparse_plan_, scale));

@@ -32,6 +32,9 @@ class DecodeModel {
   static absl::StatusOr<std::unique_ptr<DecodeModel>> Create(Device& device, const ModelConfig& config,
                                                              const KvPool& pool, const ManagerOptions& options);
 
+  // About how much Host memory one takes while it is created, the pool apart.
+  static int64_t Bytes(const ModelConfig& config, int multiprocessors);
+
   // Has the manager watch the pool for undeclared writes.
   absl::Status ProtectPool();
 

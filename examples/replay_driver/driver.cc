@@ -1,6 +1,9 @@
 #include "examples/replay_driver/driver.h"
 
+#include <filesystem>
 #include <fstream>
+#include <new>
+#include <system_error>
 
 #include "absl/strings/str_cat.h"
 #include "examples/replay_driver/options.h"
@@ -14,10 +17,11 @@ namespace {
 // Of a run that could not go on.
 ExitCode ExitCodeOf(const absl::Status& status) {
   switch (status.code()) {
-    case absl::StatusCode::kInternal:  // the driver or a kernel failed
-    case absl::StatusCode::kResourceExhausted:
-    case absl::StatusCode::kUnavailable:
-    case absl::StatusCode::kUnimplemented:
+    // What devices and streams say of themselves; a broken rule of this program has other codes.
+    case absl::StatusCode::kInternal:           // a driver call or a kernel failed
+    case absl::StatusCode::kResourceExhausted:  // no memory
+    case absl::StatusCode::kUnavailable:        // no such GPU, or a driver that is too old
+    case absl::StatusCode::kUnimplemented:      // built without CUDA
       return ExitCode::kDevice;
     case absl::StatusCode::kDataLoss:
       return ExitCode::kViolation;
@@ -26,8 +30,8 @@ ExitCode ExitCodeOf(const absl::Status& status) {
   }
 }
 
-absl::Status Run(const Options& options, const Environment& environment, const std::vector<TraceRequest>& trace,
-                 RunReport& report) {
+absl::Status Serve(const Options& options, const Environment& environment, const std::vector<TraceRequest>& trace,
+                   RunReport& report) {
   Session session(options, environment, report);
   PRISTINE_RETURN_IF_ERROR(session.SetUp());
   absl::Status status;
@@ -58,6 +62,26 @@ void Conclude(const absl::Status& status, RunReport& report) {
   report.exit_reason = reason;
 }
 
+// Leaves the outcome in `report`, whatever it is.
+void Run(const Options& options, const Environment& environment, RunReport& report) {
+  try {
+    const absl::StatusOr<std::vector<TraceRequest>> trace =
+        options.synthetic() ? SyntheticTrace(options.seed, options.step_limit() * options.step_ms * kTicksPerMs)
+                            : ReadTrace(options.trace, options.format);
+    if (trace.ok()) return Conclude(Serve(options, environment, *trace, report), report);
+    report.exit_code = ExitCode::kInput;
+    report.exit_reason = std::string(trace.status().message());
+  } catch (const std::bad_alloc&) {  // the one thing that containers can say in no other way
+    Conclude(absl::ResourceExhaustedError("this machine has no memory left for the run's host arrays"), report);
+  }
+}
+
+// Opening it for writing would empty the trace before it is read.
+bool ReportIsTheTrace(const Options& options) {
+  std::error_code error;
+  return !options.synthetic() && std::filesystem::equivalent(options.report, options.trace, error) && !error;
+}
+
 }  // namespace
 
 ExitCode RunDriver(const std::vector<std::string>& args, const Environment& environment) {
@@ -73,6 +97,10 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
   }
   std::ofstream report_file;
   if (!options->report.empty()) {
+    if (ReportIsTheTrace(*options)) {
+      return fail(ExitCode::kUsage,
+                  absl::StrCat("--report=", options->report, ": is the trace; expected another file"));
+    }
     report_file.open(options->report);
     if (!report_file) {
       return fail(ExitCode::kUsage,
@@ -86,15 +114,7 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
   report.trace = options->trace;
   report.plan_from = ToString(options->plan_from);
   report.restore = ToString(options->restore);
-  absl::StatusOr<std::vector<TraceRequest>> trace =
-      options->synthetic() ? SyntheticTrace(options->seed, options->step_limit() * options->step_ms * kTicksPerMs)
-                           : ReadTrace(options->trace, options->format);
-  if (trace.ok()) {
-    Conclude(Run(*options, environment, *trace, report), report);
-  } else {
-    report.exit_code = ExitCode::kInput;
-    report.exit_reason = std::string(trace.status().message());
-  }
+  Run(*options, environment, report);
 
   if (environment.terminal && !options->quiet) environment.err << "\r\x1b[K";  // the progress line
   if (!options->report.empty()) {

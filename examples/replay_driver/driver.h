@@ -21,6 +21,7 @@ struct Environment {
   std::ostream& err;
   bool terminal = false;  // `err` is one: show progress
   HostOptions::Run host_run = HostOptions::Run::kEager;
+  bool enforce_accesses = false;  // by the Host device, whatever --check says
   // Called with each replay queued and not waited for, for those who want to break something. May be null.
   std::function<absl::Status(Stream& stream, DecodeModel& model)> after_replay = nullptr;
 };

@@ -145,7 +145,7 @@ std::vector<OptionSpec> Specs() {
              {{"graph", Restore::kGraphHead}, {"stream", Restore::kStream}, {"off", Restore::kOff}}),
       Choice("check", "off|sampled|always", "compare buffers with originals; always: Host enforces accesses (sampled)",
              &Options::check, {{"off", Check::kOff}, {"sampled", Check::kSampled}, {"always", Check::kAlways}}),
-      Number("compare-eager", "N", "compare with an eager run and the float64 truth every N replays; 0: never (100)",
+      Number("compare-eager", "N", "compare with an eager run and the float64 truth in every Nth step; 0: never (100)",
              &Options::compare_eager, 0, int64_t{1} << 40),
       Number("compare-rows", "N", "(request, layer, head) triples compared with the truth (64)", &Options::compare_rows,
              0, 1 << 20),
@@ -167,6 +167,10 @@ std::vector<OptionSpec> Specs() {
   };
 }
 
+// Query heads that share a KV head: what the decode kernels take.
+constexpr int32_t kMaxHeadGroup = 32;
+
+// Sizes within these bounds pass every check of the libraries, those of partial results (at most 2^29 values) included.
 absl::Status CheckTogether(const Options& o) {
   // Four arrivals a second: a bound on what the generator makes.
   if (o.synthetic() && o.step_limit() > int64_t{10'000'000'000} / o.step_ms) {
@@ -180,6 +184,10 @@ absl::Status CheckTogether(const Options& o) {
   if (o.heads % o.kv_heads != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("--heads=", o.heads, ": expected a multiple of --kv-heads, which is ", o.kv_heads));
+  }
+  if (o.heads / o.kv_heads > kMaxHeadGroup) {
+    return absl::InvalidArgumentError(absl::StrCat("--heads=", o.heads, ": expected at most ", kMaxHeadGroup,
+                                                   " times --kv-heads, which is ", o.kv_heads));
   }
   if (o.kv_heads % o.kv_groups != 0) {
     return absl::InvalidArgumentError(
@@ -259,7 +267,10 @@ std::string HelpText() {
       &text,
       "\nus_per_replay is the wall time from the replay call until the stream is idle; every step is waited for,\n"
       "as an engine must before it has the next step's tokens.\n"
-      "Exit codes: 0 ok, 1 usage, 2 input, 3 violation, 4 mismatch, 5 device, 6 internal.\n");
+      "Exit codes: 0 ok; 1 usage: an option or a combination that nothing here can run, an unwritable report;\n"
+      "2 input: the trace; 3 violation: a refused plan, plan and conversion at odds, memory or values that break a\n"
+      "rule; 4 mismatch with the eager run or the truth; 5 device: absent, out of memory (the host's too), or a\n"
+      "failed call or kernel; 6 internal: a rule of this program's own was broken. 3 outranks 4.\n");
   return text;
 }
 

@@ -39,7 +39,7 @@ struct Options {
   PlanFrom plan_from = PlanFrom::kLengths;
   ManagerOptions::Restore restore = ManagerOptions::Restore::kGraphHead;
   ManagerOptions::Check check = ManagerOptions::Check::kSampled;
-  int64_t compare_eager = 100;  // steps that replay between comparisons; 0: never
+  int64_t compare_eager = 100;  // compare in the steps whose number it divides; 0: never
   int32_t compare_rows = 64;
   Injection inject = Injection::kNone;
   uint64_t seed = 1;

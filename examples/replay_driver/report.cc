@@ -25,19 +25,41 @@ Percentiles PercentilesOf(std::vector<double> values) {
   return {at(0.5), at(0.99), values.back()};
 }
 
+// Bytes of the UTF-8 character that `text` has at `at`; 0: none, such as an overlong form or half of a surrogate pair.
+size_t Utf8Bytes(const std::string& text, size_t at) {
+  const auto byte = [&](size_t i) -> uint32_t { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0; };
+  const uint32_t lead = byte(at);
+  if (lead < 0x80) return 1;
+  const size_t bytes = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
+  uint32_t code = lead & (0xffu >> (bytes + 1));
+  for (size_t i = 1; i < bytes; ++i) {
+    if ((byte(at + i) & 0xc0) != 0x80) return 0;
+    code = code << 6 | (byte(at + i) & 0x3f);
+  }
+  constexpr uint32_t kLeast[] = {0x80, 0x800, 0x10000};
+  const bool exists =
+      lead >= 0xc0 && lead < 0xf8 && code >= kLeast[bytes - 2] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff);
+  return exists ? bytes : 0;
+}
+
+// JSON is UTF-8: a byte that is not becomes the replacement character.
 std::string Quoted(const std::string& text) {
   std::string quoted = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      quoted += '\\';
-      quoted += c;
-    } else if (c >= ' ' && c <= '~') {
-      quoted += c;
-    } else {  // control characters, and bytes that need not be UTF-8
+  for (size_t at = 0; at < text.size();) {
+    const char c = text[at];
+    const size_t bytes = Utf8Bytes(text, at);
+    if (bytes == 0) {
+      quoted += "\\ufffd";
+    } else if (c == '"' || c == '\\') {
+      quoted += {'\\', c};
+    } else if (bytes == 1 && (c < ' ' || c == '\x7f')) {
       char escaped[8];
-      std::snprintf(escaped, sizeof(escaped), "\\u%04x", static_cast<unsigned>(static_cast<unsigned char>(c)));
+      std::snprintf(escaped, sizeof(escaped), "\\u%04x", static_cast<unsigned>(c));
       quoted += escaped;
+    } else {
+      quoted.append(text, at, bytes);
     }
+    at += std::max<size_t>(bytes, 1);
   }
   return quoted + "\"";
 }

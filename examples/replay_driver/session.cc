@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <fstream>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -33,15 +35,24 @@ ModelConfig ModelConfigOf(const Options& options) {
   return config;
 }
 
+// Bytes that can still be had without swapping; all there are where the system does not say.
+int64_t AvailableMemory() {
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string name, rest; meminfo >> name; std::getline(meminfo, rest)) {
+    int64_t kib = 0;
+    if (name == "MemAvailable:" && meminfo >> kib) return kib * 1024;
+  }
+  return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+}
+
 // Host allocations are granted long before the machine runs out: refuse what it cannot have.
-absl::Status CheckHostMemory(const ModelConfig& config) {
-  const int64_t rows = int64_t{config.max_batch()} * config.sparse.groups;
-  const int64_t indices = rows * attention::SparseRowBound(config.sparse) * static_cast<int64_t>(sizeof(int32_t));
-  const int64_t needed = 2 * int64_t{config.layers} * static_cast<int64_t>(config.pool_bytes()) + 4 * indices;
-  const int64_t present = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+absl::Status CheckHostMemory(const ModelConfig& config, const Device& device) {
+  const int64_t pool = 2 * int64_t{config.layers} * static_cast<int64_t>(config.pool_bytes());
+  const int64_t needed = pool + 2 * DecodeModel::Bytes(config, device.multiprocessors());  // the shadow is another one
+  const int64_t present = AvailableMemory();
   if (needed <= present) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat("the KV pool and page tables need ", needed >> 20,
-                                                   " MiB; this machine has ", present >> 20, " MiB"));
+  return absl::ResourceExhaustedError(absl::StrCat("the KV pool, page tables and partial results need ", needed >> 20,
+                                                   " MiB; this machine has ", present >> 20, " MiB left"));
 }
 
 std::string WriterText(const BufferManager& manager, int buffer, int64_t index) {
@@ -56,18 +67,24 @@ Session::~Session() {
   if (stream_ != nullptr) (void)stream_->Synchronize();  // nothing may be in flight when its memory goes
 }
 
-absl::Status Session::OpenDevice() {
+absl::Status Session::OpenDevice(const ModelConfig& config) {
   if (options_.device != DeviceChoice::kHost) {
     absl::StatusOr<std::unique_ptr<Device>> cuda = CreateCudaDevice(options_.cuda_ordinal);
-    if (cuda.ok()) device_ = *std::move(cuda);
-    if (device_ == nullptr && options_.device == DeviceChoice::kCuda) return cuda.status();
+    const bool absent = absl::IsUnavailable(cuda.status()) || absl::IsUnimplemented(cuda.status());
+    if (cuda.ok()) {
+      device_ = *std::move(cuda);
+    } else if (options_.device == DeviceChoice::kCuda || !absent) {
+      return cuda.status();  // a GPU that is there and fails is no reason to run elsewhere
+    } else if (!options_.quiet) {
+      environment_.err << "replay_driver: --device=auto takes the host: " << cuda.status().message() << "\n";
+    }
   }
   if (device_ == nullptr) {
     HostOptions host;
     host.run = environment_.host_run;
-    host.enforce_accesses = options_.check == ManagerOptions::Check::kAlways;
+    host.enforce_accesses = environment_.enforce_accesses || options_.check == ManagerOptions::Check::kAlways;
     PRISTINE_ASSIGN_OR_RETURN(device_, CreateHostDevice(host));
-    PRISTINE_RETURN_IF_ERROR(CheckHostMemory(ModelConfigOf(options_)));
+    PRISTINE_RETURN_IF_ERROR(CheckHostMemory(config, *device_));
   }
   report_.device = device_->name();
   report_.host_emulation = device_->backend() == Backend::kHost;
@@ -75,9 +92,9 @@ absl::Status Session::OpenDevice() {
 }
 
 absl::Status Session::SetUp() {
-  PRISTINE_RETURN_IF_ERROR(OpenDevice());
-  PRISTINE_ASSIGN_OR_RETURN(stream_, device_->CreateStream());
   const ModelConfig config = ModelConfigOf(options_);
+  PRISTINE_RETURN_IF_ERROR(OpenDevice(config));
+  PRISTINE_ASSIGN_OR_RETURN(stream_, device_->CreateStream());
   PRISTINE_ASSIGN_OR_RETURN(KvPool pool, KvPool::Create(*device_, *stream_, config));
   pool_ = std::make_unique<KvPool>(std::move(pool));
 
@@ -112,23 +129,23 @@ absl::Status Session::Serve(absl::Span<const TraceRequest> trace) {
   config.page_size = options_.page_size;
   config.pool_pages = model_->config().pool_pages;
   config.seed = options_.seed;
-  Scheduler scheduler(trace, config);
+  scheduler_.emplace(trace, config);
 
   absl::Status status;
-  while (status.ok() && !report_.plan_refused && scheduler.NextStep()) {
-    const absl::Span<const ActiveRequest> active = scheduler.active();
-    for (const ActiveRequest& request : active.last(scheduler.entered())) {
+  while (status.ok() && !report_.plan_refused && scheduler_->NextStep()) {
+    const absl::Span<const ActiveRequest> active = scheduler_->active();
+    for (const ActiveRequest& request : active.last(scheduler_->entered())) {
       status.Update(pool_->FillContext(*stream_, request));
     }
-    if (status.ok() && !active.empty()) status = RunStep(first_step_ + scheduler.steps() - 1, active);
-    ShowProgress(scheduler);
+    if (status.ok() && !active.empty()) status = RunStep(first_step_ + scheduler_->steps() - 1, active);
+    ShowProgress();
   }
-  for (const int32_t id : scheduler.refused()) {
+  for (const int32_t id : scheduler_->refused()) {
     report_.requests_refused.Add(
-        absl::StrCat("request ", id, " needs ", scheduler.PagesOf(id), " pages; the pool has ", config.pool_pages));
+        absl::StrCat("request ", id, " needs ", scheduler_->PagesOf(id), " pages; the pool has ", config.pool_pages));
   }
-  report_.requests_finished += scheduler.finished();
-  first_step_ += scheduler.steps();
+  report_.requests_finished += scheduler_->finished();
+  first_step_ += scheduler_->steps();
   report_.steps = first_step_;
   return status;
 }
@@ -163,11 +180,12 @@ absl::Status Session::RunStep(int64_t step, absl::Span<const ActiveRequest> acti
   report_.us_per_replay.push_back(
       std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count());
 
+  last_step_ = step;
   ++report_.replays;
   report_.tokens += inputs_.extent.tokens;
   if (report_.replays > 1 && inputs_.bucket != last_bucket_) ++report_.bucket_changes;
   last_bucket_ = inputs_.bucket;
-  if (options_.compare_eager > 0 && report_.replays % options_.compare_eager == 0) {
+  if (options_.compare_eager > 0 && step % options_.compare_eager == 0) {
     PRISTINE_RETURN_IF_ERROR(Compare(step));
   }
   CollectReports(step);
@@ -209,7 +227,7 @@ absl::Status Session::Compare(int64_t step) {
   PRISTINE_RETURN_IF_ERROR(shadow_->RunEagerly(*stream_, inputs_, options_.restore));
   PRISTINE_ASSIGN_OR_RETURN(const Outputs eager, ReadOutputs(*stream_, *shadow_, inputs_.bucket));
   const Comparison same = CompareSame(model_->config(), inputs_, replayed, eager);
-  const Comparison truth = CompareTruth(model_->config(), inputs_, replayed, options_.compare_rows, report_.replays);
+  const Comparison truth = CompareTruth(model_->config(), inputs_, replayed, options_.compare_rows, step);
   report_.same_mismatches += same.mismatches;
   report_.truth_mismatches += truth.mismatches;
   report_.truth_rows += truth.rows;
@@ -261,19 +279,21 @@ absl::Status Session::Finish() {
     report_.replays_by_bucket.emplace_back(runner_->buckets()[i].requests, runner_->stats().replays_by_bucket[i]);
   }
   if (options_.check != ManagerOptions::Check::kOff) {
-    PRISTINE_ASSIGN_OR_RETURN(const std::vector<Violation> violations, model_->manager().Verify(*stream_));
-    for (const Violation& violation : violations) {
-      report_.FailAt(first_step_);
-      report_.AddViolation(violation);
+    for (DecodeModel* model : {model_.get(), shadow_.get()}) {
+      PRISTINE_ASSIGN_OR_RETURN(const std::vector<Violation> violations, model->manager().Verify(*stream_));
+      for (const Violation& violation : violations) {
+        report_.FailAt(last_step_);
+        report_.AddViolation(violation);
+      }
     }
   }
   return injector_ == nullptr ? absl::OkStatus() : injector_->CheckMade();
 }
 
-void Session::ShowProgress(const Scheduler& scheduler) {
-  if (!environment_.terminal || options_.quiet || scheduler.steps() % 50 != 0) return;
-  environment_.err << "\rstep " << first_step_ + scheduler.steps() << ", " << report_.replays << " replays, "
-                   << scheduler.finished() << " requests finished  " << std::flush;
+void Session::ShowProgress() {
+  if (!environment_.terminal || options_.quiet || scheduler_->steps() % 50 != 0) return;
+  environment_.err << "\rstep " << first_step_ + scheduler_->steps() << ", " << report_.replays << " replays, "
+                   << scheduler_->finished() << " requests finished  " << std::flush;
 }
 
 }  // namespace pristine::replay_driver

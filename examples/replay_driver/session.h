@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,13 +42,13 @@ class Session {
   absl::Status Finish();
 
  private:
-  absl::Status OpenDevice();
+  absl::Status OpenDevice(const ModelConfig& config);
   absl::Status RunStep(int64_t step, absl::Span<const ActiveRequest> active);
   absl::Status PlanFromLive();
   absl::Status DescribeRefusal(int64_t step, const absl::Status& refusal);
   absl::Status Compare(int64_t step);
   void CollectReports(int64_t step);
-  void ShowProgress(const Scheduler& scheduler);
+  void ShowProgress();
   bool live() const { return options_.plan_from == PlanFrom::kLive; }
 
   const Options& options_;
@@ -63,10 +64,12 @@ class Session {
   std::unique_ptr<Injector> injector_;   // null without --inject
   std::unique_ptr<GraphRunner> runner_;
 
+  std::optional<Scheduler> scheduler_;  // of the present Serve; queued copies read its page lists
   StepInputs inputs_;
   std::vector<int32_t> live_indptr_;
   Extent last_bucket_;
   int64_t first_step_ = 0;  // of the present Serve
+  int64_t last_step_ = -1;  // the last one that replayed; -1: none has
 };
 
 }  // namespace pristine::replay_driver

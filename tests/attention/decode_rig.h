@@ -131,6 +131,13 @@ class DecodeRig {
     PRISTINE_RETURN_IF_ERROR(decode_->Run(stream_, {bucket, bucket}, tensors));
     return ReadBack();
   }
+  // Copies the outputs to `out` and `lse`. Blocks.
+  absl::Status ReadBack() {
+    PRISTINE_ASSIGN_OR_RETURN(raw_out, Download(stream_, out_.As<std::byte>()));
+    PRISTINE_ASSIGN_OR_RETURN(lse, Download(stream_, lse_.As<float>()));
+    out = ToFloats(raw_out, shape_.dtype);
+    return absl::OkStatus();
+  }
   absl::Status Capture() { return runner_->CaptureAll(stream_); }
   absl::Status Replay(int32_t bucket, int32_t requests) {
     PRISTINE_RETURN_IF_ERROR(runner_->Replay(stream_, {bucket, bucket}, {requests, requests}));
@@ -168,13 +175,6 @@ class DecodeRig {
 
  private:
   DecodeRig(Stream& stream, const DecodeShape& shape) : stream_(stream), shape_(shape) {}
-
-  absl::Status ReadBack() {
-    PRISTINE_ASSIGN_OR_RETURN(raw_out, Download(stream_, out_.As<std::byte>()));
-    PRISTINE_ASSIGN_OR_RETURN(lse, Download(stream_, lse_.As<float>()));
-    out = ToFloats(raw_out, shape_.dtype);
-    return absl::OkStatus();
-  }
 
   Stream& stream_;
   const DecodeShape shape_;

@@ -2,7 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <filesystem>
+#include <fstream>
+#include <new>
 #include <ostream>
 #include <sstream>
 #include <string>
@@ -61,6 +65,23 @@ TEST(ExitCodes, AnUnwritableReportIs1AndFoundBeforeTheRun) {
   EXPECT_EQ(err.str(), "replay_driver: --report=/nowhere/r.json: expected a file that can be written\n");
 }
 
+TEST(ExitCodes, AReportOverTheTraceIs1AndTheTraceIsStillThere) {
+  const std::string text = std::string(kHeader) + "2023-11-16 18:17:03.00,50,3\n";
+  const TemporaryFile trace(".csv", text);
+  const std::string other_name = UniquePath(".csv");
+  std::filesystem::create_symlink(trace.path(), other_name);
+  for (const std::string& report : {trace.path(), other_name}) {
+    std::ostringstream out, err;
+    EXPECT_EQ(replay_driver::RunDriver({"--trace=" + trace.path(), "--report=" + report}, {.out = out, .err = err}),
+              ExitCode::kUsage);
+    EXPECT_EQ(err.str(), "replay_driver: --report=" + report + ": is the trace; expected another file\n");
+  }
+  std::filesystem::remove(other_name);
+  std::stringstream left;
+  left << std::ifstream(trace.path()).rdbuf();
+  EXPECT_EQ(left.str(), text);
+}
+
 TEST(ExitCodes, AReportThatCannotBeWrittenInFullIs6) {
   std::ostringstream out, err;
   EXPECT_EQ(replay_driver::RunDriver(SmallRun() + std::vector<std::string>{"--steps=2", "--report=/dev/full"},
@@ -114,12 +135,38 @@ TEST(ExitCodes, AMissingGpuIs5AndCudaNeverFallsBack) {
   const DriverResult result = RunDriver(SmallRun() + std::vector<std::string>{"--device=cuda:99"});
   EXPECT_EQ(result.code, ExitCode::kDevice);
   EXPECT_EQ(result.report["replays"].number, 0);
+  EXPECT_EQ(result.report["device"].text, "") << "no device was opened, the host's least of all";
+  EXPECT_EQ(result.out, "");
 }
 
 TEST(ExitCodes, MemoryThatTheMachineHasNotIs5) {
   const DriverResult result = RunDriver({"--device=host", "--kv-tokens=268435456", "--layers=1000"});
   EXPECT_EQ(result.code, ExitCode::kDevice);
   EXPECT_NE(result.err.find("this machine has"), std::string::npos) << result.err;
+}
+
+TEST(ExitCodes, MemoryForPartialResultsCountsToo) {
+  const DriverResult result =
+      RunDriver({"--device=host", "--max-batch=4096", "--heads=1024", "--kv-heads=1024", "--kv-groups=1",
+                 "--layers=1000", "--head-dim=128", "--kv-tokens=16", "--sparse-block=1", "--topk-blocks=1"});
+  EXPECT_EQ(result.code, ExitCode::kDevice);
+  EXPECT_NE(result.err.find("partial results need"), std::string::npos) << result.err;
+  EXPECT_EQ(result.report["exit_code"].number, 5);
+}
+
+TEST(ExitCodes, AnAllocationThatFailsIs5AndTheReportIsWritten) {
+  const auto exhausted = [](Stream&, replay_driver::DecodeModel&) -> absl::Status { throw std::bad_alloc(); };
+  const DriverResult result = RunDriver(SmallRun(), {.after_replay = exhausted});
+  EXPECT_EQ(result.code, ExitCode::kDevice);
+  EXPECT_NE(result.err.find("no memory left"), std::string::npos) << result.err;
+  EXPECT_EQ(result.report["exit_code"].number, 5);
+}
+
+TEST(ExitCodes, AFailureOfTheDeviceIs5) {
+  const auto fail = [](Stream&, replay_driver::DecodeModel&) { return absl::InternalError("a kernel failed"); };
+  const DriverResult result = RunDriver(SmallRun(), {.after_replay = fail});
+  EXPECT_EQ(result.code, ExitCode::kDevice);
+  EXPECT_EQ(result.err, "replay_driver: a kernel failed\n");
 }
 
 TEST(ExitCodes, AnythingElseIs6AndTheReportIsWritten) {
@@ -193,6 +240,52 @@ TEST(Driver, StepsWithNobodyActiveCountAndReplayNothing) {
   EXPECT_EQ(result.report["tokens"].number, 5);
   EXPECT_EQ(result.report["bucket_changes"].number, 0);
   EXPECT_EQ(result.report["requests_finished"].number, 2);
+}
+
+TEST(Driver, LongerStepsLetMoreRequestsIn) {
+  // The second arrives when the first has long left, or in the step after the first's, as long as a step is.
+  const TemporaryFile trace(".csv", std::string(kHeader) +
+                                        "2023-11-16 18:17:03.00,50,3\n"
+                                        "2023-11-16 18:17:03.30,100,2\n");
+  const DriverResult result =
+      RunDriver(SmallModel() + std::vector<std::string>{"--device=host", "--trace=" + trace.path(), "--step-ms=300"});
+  EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
+  EXPECT_EQ(result.report["steps"].number, 3);
+  EXPECT_EQ(result.report["replays"].number, 3);
+  EXPECT_EQ(result.report["tokens"].number, 5);
+  EXPECT_EQ(result.report["bucket_changes"].number, 1);
+}
+
+TEST(Driver, ComparesInTheStepsThatNDivides) {
+  // Alone in steps 0 to 2 and 10 to 11: of the even ones, 0, 2 and 10 replay; 2 layers of 4 heads each.
+  const TemporaryFile trace(".csv", std::string(kHeader) +
+                                        "2023-11-16 18:17:03.00,50,3\n"
+                                        "2023-11-16 18:17:03.30,100,2\n");
+  const std::vector<std::string> args =
+      SmallModel() + std::vector<std::string>{"--device=host", "--trace=" + trace.path()};
+  EXPECT_EQ(RunDriver(args + std::vector<std::string>{"--compare-eager=2"}).report["truth_rows"].number, 3 * 8);
+  EXPECT_EQ(RunDriver(args + std::vector<std::string>{"--compare-eager=11"}).report["truth_rows"].number, 2 * 8);
+  EXPECT_EQ(RunDriver(args + std::vector<std::string>{"--compare-eager=0"}).report["truth_rows"].number, 0);
+}
+
+TEST(Driver, ShowsProgressOnATerminalAndClearsIt) {
+  const DriverResult result = RunDriver(SmallRun(), {.terminal = true});
+  EXPECT_EQ(result.code, ExitCode::kOk);
+  EXPECT_EQ(result.err.rfind("\rstep 50, ", 0), 0u) << result.err;
+  EXPECT_NE(result.err.find("\rstep 100, "), std::string::npos) << result.err;
+  EXPECT_EQ(result.err.substr(result.err.size() - 4), "\r\x1b[K");
+  EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 0);
+  EXPECT_EQ(RunDriver(SmallRun() + std::vector<std::string>{"--quiet"}, {.terminal = true}).err, "");
+}
+
+// Only a GPU that is not there is a reason to run elsewhere, and the reason is given.
+TEST(Driver, AutoTakesTheHostWhereThereIsNoGpuAndSaysWhy) {
+  const DriverResult result = RunDriver(SmallRun() + std::vector<std::string>{"--device=auto"});
+  EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
+  if (result.report["device"].text.rfind("host", 0) != 0) GTEST_SKIP() << "there is a GPU";
+  EXPECT_EQ(result.err.rfind("replay_driver: --device=auto takes the host: ", 0), 0u) << result.err;
+  EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
+  EXPECT_EQ(RunDriver(SmallRun() + std::vector<std::string>{"--device=auto", "--quiet"}).err, "");
 }
 
 TEST(Driver, ARequestThatCouldNeverFitIsRefusedCountedAndNamed) {

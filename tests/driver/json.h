@@ -49,7 +49,7 @@ class JsonParser {
         if (++at_ == text_.size()) return false;
         if (text_[at_] == 'u') {
           if (text_.find_first_not_of("0123456789abcdefABCDEF", at_ + 1) < at_ + 5) return false;
-          value += static_cast<char>(std::strtol(text_.substr(at_ + 1, 4).c_str(), nullptr, 16));
+          AppendUtf8(std::strtol(text_.substr(at_ + 1, 4).c_str(), nullptr, 16), value);
           at_ += 4;
           continue;
         }
@@ -58,6 +58,20 @@ class JsonParser {
       value += text_[at_];
     }
     return false;
+  }
+  // Of the first 65,536 characters, which one escape can name.
+  static void AppendUtf8(long code, std::string& value) {
+    if (code < 0x80) {
+      value += static_cast<char>(code);
+      return;
+    }
+    if (code < 0x800) {
+      value += static_cast<char>(0xc0 | code >> 6);
+    } else {
+      value += static_cast<char>(0xe0 | code >> 12);
+      value += static_cast<char>(0x80 | (code >> 6 & 0x3f));
+    }
+    value += static_cast<char>(0x80 | (code & 0x3f));
   }
   template <class Item>
   bool Items(const char* end, Item item) {

@@ -28,6 +28,11 @@ TEST(Options, BucketsAreThePowersOfTwoBelowMaxBatchAndMaxBatch) {
   EXPECT_EQ(one.buckets, (std::vector<int32_t>{1}));
 }
 
+TEST(Options, TheMostQueryHeadsThatAKernelTakesAreAccepted) {
+  EXPECT_OK(ParseOptions({"--heads=64"}));
+  EXPECT_OK(ParseOptions({"--heads=1024", "--kv-heads=32", "--kv-groups=32", "--max-batch=4096", "--head-dim=128"}));
+}
+
 TEST(Options, AFileRunsToItsEnd) {
   ASSERT_OK_AND_ASSIGN(const Options options, ParseOptions({"--trace=requests.csv"}));
   EXPECT_GT(options.step_limit(), int64_t{1} << 60);
@@ -84,6 +89,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--buckets=1,2"}, "--buckets ends with 2: expected --max-batch, which is 32"},
         BadCase{{"--dtype=float16"}, "--dtype=float16: expected one of float32, bfloat16"},
         BadCase{{"--heads=3"}, "--heads=3: expected a multiple of --kv-heads, which is 2"},
+        BadCase{{"--heads=66"}, "--heads=66: expected at most 32 times --kv-heads, which is 2"},
         BadCase{{"--kv-groups=3"}, "--kv-groups=3: expected a divisor of --kv-heads"},
         BadCase{{"--head-dim=96"}, "--head-dim=96: expected 64 or 128"}, BadCase{{"--layers=1"}, "--layers=1"},
         BadCase{{"--kv-tokens=8", "--page-size=16"}, "--kv-tokens=8: expected at least one page, which is 16 tokens"},

@@ -42,14 +42,33 @@ TEST(Report, ListsHoldTheFirstHundredAndATotal) {
 
 TEST(Report, IsJsonWhateverTheStringsHold) {
   RunReport report;
-  report.trace = "a\"b\\c\n\t\x01\xff.csv";
-  report.exit_reason = "\xe2\x82\xac";  // not ASCII: each byte is kept
+  report.trace = "a\"b\\c\n\t\x01\x7f.csv";
+  report.exit_reason = "\xe2\x82\xac \xf0\x9f\x90\xa7 \xc3\xbc";  // UTF-8 of 3, 4 and 2 bytes
   report.max_rel_rms = std::numeric_limits<double>::infinity();
   const testing::Json json = Written(report);
   EXPECT_EQ(json["trace"].text, report.trace);
   EXPECT_EQ(json["exit_reason"].text, report.exit_reason);
   EXPECT_EQ(json["max_rel_rms"].kind, testing::Json::Kind::kNull);
   EXPECT_EQ(json["first_failure_step"].kind, testing::Json::Kind::kNull);
+}
+
+TEST(Report, ValidUtf8IsWrittenAsItIs) {
+  RunReport report;
+  report.trace = "/tr\xc3\xa4ume/\xe2\x82\xac.csv";
+  std::ostringstream out;
+  WriteJson(report, out);
+  EXPECT_NE(out.str().find(absl::StrCat("\"trace\": \"", report.trace, "\"")), std::string::npos) << out.str();
+}
+
+TEST(Report, BytesThatAreNotUtf8BecomeTheReplacementCharacter) {
+  const std::string replacement = "\xef\xbf\xbd";
+  for (const char* bad : {"\xff", "\x80", "\xc0\xaf", "\xe0\x80\xaf", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xe2\x82"}) {
+    RunReport report;
+    report.trace = absl::StrCat("a", bad, "b");
+    std::string expected = "a";
+    for (const char* byte = bad; *byte != '\0'; ++byte) expected += replacement;
+    EXPECT_EQ(Written(report)["trace"].text, expected + "b");
+  }
 }
 
 TEST(Report, PercentilesAreValuesThatWereMeasured) {

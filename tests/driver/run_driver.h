@@ -48,6 +48,7 @@ struct DriverResult {
 struct DriverSetting {
   HostOptions::Run host_run = HostOptions::Run::kEager;
   std::function<absl::Status(Stream&, replay_driver::DecodeModel&)> after_replay = nullptr;
+  bool terminal = false;
 };
 
 // A small model that keeps the bug: rows of 33 to 64 tokens, a window of 64.
@@ -66,8 +67,12 @@ inline DriverResult RunDriver(std::vector<std::string> args, DriverSetting setti
   args.push_back(absl::StrCat("--report=", report.path()));
   std::ostringstream out, err;
   DriverResult result;
-  result.code = replay_driver::RunDriver(
-      args, {.out = out, .err = err, .host_run = setting.host_run, .after_replay = setting.after_replay});
+  result.code = replay_driver::RunDriver(args, {.out = out,
+                                                .err = err,
+                                                .terminal = setting.terminal,
+                                                .host_run = setting.host_run,
+                                                .enforce_accesses = true,
+                                                .after_replay = setting.after_replay});
   result.out = out.str();
   result.err = err.str();
   std::stringstream text;

@@ -42,10 +42,26 @@ TEST(KvHash, ElementsAreSpreadOverMinusOneToOne) {
 TEST(KvHash, EveryCoordinateMatters) {
   const uint64_t key = RowKey(1, 2, 3, 4, 5, Tensor::kKey);
   EXPECT_NE(key, RowKey(0, 2, 3, 4, 5, Tensor::kKey));
-  EXPECT_NE(key, RowKey(1, 4, 3, 2, 5, Tensor::kKey));
-  EXPECT_NE(key, RowKey(1, 2, 5, 4, 3, Tensor::kKey));
+  EXPECT_NE(key, RowKey(1, 0, 3, 4, 5, Tensor::kKey));
+  EXPECT_NE(key, RowKey(1, 2, 0, 4, 5, Tensor::kKey));
+  EXPECT_NE(key, RowKey(1, 2, 3, 0, 5, Tensor::kKey));
+  EXPECT_NE(key, RowKey(1, 2, 3, 4, 0, Tensor::kKey));
   EXPECT_NE(key, RowKey(1, 2, 3, 4, 5, Tensor::kValue));
   EXPECT_NE(key, RowKey(1, 2, 3, 4, 5, Tensor::kQuery));
+  EXPECT_NE(Element(key, 6), Element(key, 7));
+}
+
+// What adds up, or is exchanged, is not the same either.
+TEST(KvHash, ManyCoordinatesGiveManyKeys) {
+  std::set<uint64_t> keys;
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    for (int32_t i = 0; i < 4 * 4 * 4 * 4; ++i) {
+      for (const Tensor tensor : {Tensor::kQuery, Tensor::kKey, Tensor::kValue}) {
+        keys.insert(RowKey(seed, i & 3, i >> 2 & 3, i >> 4 & 3, i >> 6, tensor));
+      }
+    }
+  }
+  EXPECT_EQ(keys.size(), 4u * 256 * 3);
 }
 
 TEST(KvHash, BFloat16RoundsToNearestEven) {
@@ -67,6 +83,22 @@ TEST(SelectBlocks, TakesTopkBlocksAscendingAndAlwaysTheLast) {
       for (size_t i = 1; i < taken.size(); ++i) EXPECT_LT(taken[i - 1], taken[i]);
     }
   }
+}
+
+TEST(SelectBlocks, EveryCoordinateMatters) {
+  const auto draw = [](uint64_t seed, int32_t request, int32_t layer, int32_t group, int32_t blocks) {
+    std::vector<int32_t> taken;
+    SelectBlocks(seed, request, layer, group, blocks, 20, [&](int32_t block) { taken.push_back(block); });
+    taken.pop_back();  // the last block is always taken
+    return taken;
+  };
+  const std::vector<int32_t> taken = draw(1, 2, 3, 4, 200);
+  EXPECT_EQ(taken, draw(1, 2, 3, 4, 200));
+  EXPECT_NE(taken, draw(0, 2, 3, 4, 200));
+  EXPECT_NE(taken, draw(1, 0, 3, 4, 200));
+  EXPECT_NE(taken, draw(1, 2, 0, 4, 200));
+  EXPECT_NE(taken, draw(1, 2, 3, 0, 200));
+  EXPECT_NE(taken, draw(1, 2, 3, 4, 201));
 }
 
 TEST(SelectBlocks, DrawsEveryBlockEquallyOften) {

@@ -56,8 +56,10 @@ class SparsePageTable {
   absl::Status Refill(absl::Span<const int32_t> plan_lengths);
 
   // Queues the conversion of `table` for all rows of `bucket` (padded rows get length 0), then the check against
-  // kv_indptr. Lengths are the metadata's, as the device sees them: out of [0, worst_length's bound R after the rule]
-  // they are clamped and reported (kClamped). Captureable.
+  // kv_indptr. Lengths are the metadata's, as the device sees them: out of [0, its max_length] they are clamped to that
+  // and reported (kClamped); the rule then makes every row at most R long. (A request's own length is not clamped to R:
+  // one with L > K would become a short one, and attend the first R positions instead of its table's blocks.)
+  // Captureable.
   //   kv_indptr_ws[r + 1] - kv_indptr_ws[r] = SparseRowLength(lengths[r / groups])
   //   kv_indices[kv_indptr_ws[r] + j] = slot(position j of row r) * groups + r % groups,
   //   slot(p) = page(p / page_size) * page_size + p % page_size
