@@ -127,7 +127,7 @@ absl::Status Checker::SetUp() {
     if (array.live.empty()) return absl::InvalidArgumentError("a BoundArray is empty");
     PoisonedArray& to = arrays_.emplace_back(PoisonedArray{array.live, {}});
     for (const Poison poison : kPoisons) {
-      const std::vector<int32_t> values(array.live.size(), PoisonOf(poison, array.kind, array.limit));
+      const std::vector<int32_t> values(array.live.size(), PoisonOf(poison, array, shape_.max_requests()));
       PRISTINE_ASSIGN_OR_RETURN(to.poison[static_cast<size_t>(poison)],
                                 Upload(values.data(), values.size() * sizeof(int32_t), "conformance.poison"));
     }

@@ -61,22 +61,22 @@ double Fetch(DType dtype, const std::byte* from) {
 
 const char* ToString(Poison poison) { return poison == Poison::kNan ? "NaN" : "maximal"; }
 
-int32_t PoisonOf(Poison poison, Kind kind, int32_t limit) {
+int32_t PoisonOf(Poison poison, const BoundArray& array, int32_t max_requests) {
   const bool nan = poison == Poison::kNan;
-  switch (kind) {
+  switch (array.kind) {
     case Kind::kIndptr:
-      return nan ? 0 : limit;
+      return nan ? 0 : array.limit - array.limit / max_requests;  // where the last of the longest rows begins
     case Kind::kLength:
-      return nan ? 1 : limit;
+      return nan ? 1 : array.limit;
     case Kind::kPageTable:
     case Kind::kSlot:
-      return nan ? limit : limit - 1;
+      return nan ? array.limit : array.limit - 1;
     case Kind::kPosition:
     case Kind::kMask:
     case Kind::kOpaque:
       break;
   }
-  return nan ? 0 : limit - 1;
+  return nan ? 0 : array.limit - 1;
 }
 
 Layout::Layout(const AttentionShape& shape) {

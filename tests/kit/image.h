@@ -24,7 +24,8 @@ const char* ToString(Poison poison);
 
 // The value of one element of `dtype`.
 double Fetch(attention::DType dtype, const std::byte* from);
-int32_t PoisonOf(Poison poison, Kind kind, int32_t limit);
+// Of a bound array. A kernel that follows poisoned numbers stays within arrays and pool.
+int32_t PoisonOf(Poison poison, const BoundArray& array, int32_t max_requests);
 
 // Where the tensors lie in an image; gaps between them are poison, too.
 class Layout {

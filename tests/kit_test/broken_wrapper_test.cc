@@ -62,6 +62,14 @@ TYPED_TEST(BrokenWrapperTest, ATokenPastTheEndReadsPadding) {
   this->ExpectOnly(Finding::Kind::kReadsPadding, this->Check(Fault::kReadsOnePastEnd));
 }
 
+TYPED_TEST(BrokenWrapperTest, NanThatAComparisonHidesIsFoundByTheOtherPoison) {
+  this->ExpectOnly(Finding::Kind::kReadsPadding, this->Check(Fault::kHidesNan));
+}
+
+TYPED_TEST(BrokenWrapperTest, AnEntryPastThePageTableReadsPadding) {
+  this->ExpectOnly(Finding::Kind::kReadsPadding, this->Check(Fault::kLeavesPageTail, {.head_dim = 16, .buckets = {1}}));
+}
+
 TYPED_TEST(BrokenWrapperTest, ARowOfAFullBucketThatNobodyComputesIsFound) {
   const Report report = this->Check(Fault::kMissesLastRow);
   this->ExpectOnly(Finding::Kind::kReadsPadding, report);
@@ -92,7 +100,7 @@ TYPED_TEST(BrokenWrapperTest, RowsBeyondTheBucketAreWritesOutside) {
 }
 
 TYPED_TEST(BrokenWrapperTest, AnAppendFromAPaddedRowIsAWriteOutside) {
-  const Report report = this->Check(Fault::kLeavesTail, {.head_dim = 16, .buckets = {1, 3, 6}, .appends = true});
+  const Report report = this->Check(Fault::kLeavesSlotTail, {.head_dim = 16, .buckets = {1, 3, 6}, .appends = true});
   this->ExpectOnly(Finding::Kind::kWritesOutside, report);
   EXPECT_NE(report.ToString().find("k page"), std::string::npos) << report.ToString();
 }

@@ -21,6 +21,8 @@ enum class Fault : int32_t {
   // In the kernels.
   kLeaks,            // masks by multiplying with 0, which keeps NaN
   kReadsOnePastEnd,  // one token too many
+  kHidesNan,         // the same, and drops scores that are NaN
+  kLeavesPageTail,   // after a full page, the next entry of the page table, which nobody wrote
   kSkipsNewest,      // one too few
   kDividesByZero,    // an empty row is 0 / 0
   kNaturalLse,       // the other base
@@ -31,7 +33,7 @@ enum class Fault : int32_t {
   kCapturesOther,  // another kernel, which sums in another order, in captures
   kBlocks,         // synchronizes
   // In Prepare.
-  kLeavesTail,      // pads nothing
+  kLeavesSlotTail,  // pads nothing
   kSkipsSameRows,   // uploads only if the number of requests changed
   kOneStagingSlot,  // overwrites what an earlier step's copy has not read yet
   kRefusesNoRequests,
@@ -41,7 +43,7 @@ struct NaiveParams {
   const float *q, *k_new, *v_new;
   float *k, *v, *out, *lse;
   const int32_t *lengths, *indptr, *indices, *slots;
-  int32_t rows, q_heads, kv_heads, head_dim, page_size;
+  int32_t rows, q_heads, kv_heads, head_dim, page_size, max_pages;
   int64_t out_elements, pool_elements;  // for what is declared as written
   float scale;
   bool backwards;
@@ -62,7 +64,10 @@ NAIVE_DEVICE inline void AttendHead(const NaiveParams& p, int32_t row, int32_t h
   const int32_t length = p.lengths[row], first = p.indptr[row], pages = p.indptr[row + 1] - first;
   int32_t end = length;
   if (p.fault == Fault::kLeaks) end = pages * p.page_size;
-  if (p.fault == Fault::kReadsOnePastEnd && length < pages * p.page_size) end = length + 1;
+  const bool reads_past = p.fault == Fault::kReadsOnePastEnd || p.fault == Fault::kHidesNan;
+  if (reads_past && length < pages * p.page_size) end = length + 1;
+  const bool full = length == pages * p.page_size && first + pages < p.max_pages;
+  if (p.fault == Fault::kLeavesPageTail && length > 0 && full) end = length + 1;
   if (p.fault == Fault::kSkipsNewest && length > 1) end = length - 1;
   const int64_t place = int64_t{row} * p.q_heads + head;
   const float* q = p.q + place * p.head_dim;
@@ -79,12 +84,13 @@ NAIVE_DEVICE inline void AttendHead(const NaiveParams& p, int32_t row, int32_t h
   };
   float top = -INFINITY, sum = 0;
   for (int32_t i = 0; i < end; ++i) {
-    if (i < length || p.fault == Fault::kReadsOnePastEnd) top = fmaxf(top, score(at(i)));
+    if (i < length || p.fault != Fault::kLeaks) top = fmaxf(top, score(at(i)));
   }
   for (int32_t d = 0; d < p.head_dim; ++d) out[d] = 0;
   for (int32_t i = 0; i < end; ++i) {
     const int64_t offset = at(i);
     const bool masked = p.fault == Fault::kLeaks && i >= length;
+    if (p.fault == Fault::kHidesNan && std::isnan(score(offset))) continue;
     const float mass = masked ? 0 : expf(score(offset) - top);
     sum += mass;
     for (int32_t d = 0; d < p.head_dim; ++d) out[d] += mass * p.v[offset + d];

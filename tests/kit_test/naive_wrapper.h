@@ -45,15 +45,16 @@ class NaiveWrapper : public conformance::AttentionWrapper {
     std::copy(step.kv_indices.begin(), step.kv_indices.end(), to.begin() + Indices());
     std::fill_n(to.begin() + Slots(), shape_.max_requests(), -1);
     std::copy(step.slots.begin(), step.slots.end(), to.begin() + Slots());
-    const auto upload = [&](size_t from, size_t count) {
-      return stream.CopyFromHost(AsWritableBytes(device_.As<int32_t>().Sub(from, count)),
-                                 staging_.As<std::byte>().subspan((slot_ * Size() + from) * 4, count * 4));
+    const auto upload = [&](size_t from, size_t end) {
+      if (from == end) return absl::OkStatus();
+      return stream.CopyFromHost(
+          AsWritableBytes(device_.As<int32_t>().Sub(from, end - from)),
+          staging_.As<std::byte>().subspan((slot_ * Size() + from) * sizeof(int32_t), (end - from) * sizeof(int32_t)));
     };
-    if (fault_ != Fault::kLeavesTail) return upload(0, Size());
-    PRISTINE_RETURN_IF_ERROR(upload(0, real));
-    PRISTINE_RETURN_IF_ERROR(upload(Indptr(), real + 1));
-    PRISTINE_RETURN_IF_ERROR(upload(Indices(), step.kv_indices.size()));
-    return upload(Slots(), real);
+    const size_t pages_end = fault_ == Fault::kLeavesPageTail ? Indices() + step.kv_indices.size() : Slots();
+    const size_t slots_end = fault_ == Fault::kLeavesSlotTail ? Slots() + real : Size();
+    PRISTINE_RETURN_IF_ERROR(upload(0, pages_end));
+    return upload(Slots(), slots_end);
   }
 
   absl::Status Run(Stream& stream, int32_t bucket, const conformance::AttentionTensors& t) override {
@@ -76,6 +77,7 @@ class NaiveWrapper : public conformance::AttentionWrapper {
                           .kv_heads = shape_.kv_heads,
                           .head_dim = shape_.head_dim,
                           .page_size = shape_.page_size,
+                          .max_pages = shape_.max_step_pages(),
                           .out_elements = static_cast<int64_t>(t.out.size() / sizeof(float)),
                           .pool_elements = static_cast<int64_t>(t.k.size() / sizeof(float)),
                           .scale = 1 / std::sqrt(static_cast<float>(shape_.head_dim)),
