@@ -147,10 +147,13 @@ void Checker::RunAll() {
   ComparePoisons();
   CaptureAll(0);
   for (const Poison poison : kPoisons) Walk(worst, poison, How::kFirstLaunch, 1);
-  for (const Poison poison : kPoisons) Walk(order, poison, How::kReplay, 1);
+  for (const Poison poison : kPoisons) {
+    Walk(order, poison, How::kReplay, 1);
+    Walk(reversed, poison, How::kReplay, shape_.steps_in_flight);
+  }
   // Again, after steps without requests: the graphs must not be narrower for it.
   CaptureAll(shape_.buckets.size());
-  for (const Poison poison : kPoisons) Walk(reversed, poison, How::kReplay, shape_.steps_in_flight);
+  for (const Poison poison : kPoisons) Walk(order, poison, How::kReplay, 1);
 }
 
 // Largest first, a warm-up before each, as engines do: what one bucket's warm-up leaves behind must not hurt the next.
@@ -184,7 +187,6 @@ void Checker::Walk(const std::vector<size_t>& order, Poison poison, How how, int
   size_t next = 0;
   while (next < order.size() && !dead_) {
     std::vector<size_t> submitted;
-    absl::Status device;  // of our own copies: an error means that the stream has failed
     for (; next < order.size() && submitted.size() < static_cast<size_t>(in_flight); ++next) {
       const size_t index = order[next];
       // The first eager run that was refused was reported; there is nothing to compare with.
@@ -198,7 +200,7 @@ void Checker::Walk(const std::vector<size_t>& order, Poison poison, How how, int
         Add(Finding::Kind::kRefused, steps_[index], run.ToString());
       }
     }
-    device = stream_.Synchronize();
+    absl::Status device = stream_.Synchronize();  // from here on an error means that the stream has failed
     for (size_t i = 0; i < submitted.size() && device.ok(); ++i) {
       Bytes after(layout_.bytes());
       device = stream_.CopyToHost({after.data(), after.size()}, AsBytes(snapshots_[i].As<std::byte>()));

@@ -46,8 +46,8 @@ TYPED_TEST(BrokenWrapperTest, AWrapperWithoutFaultPasses) {
           this->Check(Fault::kNone, {.head_dim = 16, .page_size = page_size, .buckets = {1, 3, 6}, .appends = appends});
       EXPECT_TRUE(report.findings.empty()) << report.ToString();
       EXPECT_EQ(report.steps, 3 * 13);
-      // Two poisons: eager twice, replayed in two orders; two warm-ups and two first launches for each bucket.
-      EXPECT_EQ(report.runs, 3 * 13 * 2 * (2 + 2) + 3 * (2 + 2));
+      // Two poisons: twice eager, replayed three times; two warm-ups and two first launches for each bucket.
+      EXPECT_EQ(report.runs, 3 * 13 * 2 * (2 + 3) + 3 * (2 + 2));
     }
   }
 }
@@ -121,6 +121,13 @@ TYPED_TEST(BrokenWrapperTest, BlockingInRunIsRefused) {
   this->ExpectOnly(Finding::Kind::kRefused, report);
   EXPECT_EQ(report.findings.size(), 3u);  // each bucket's capture
   EXPECT_NE(report.ToString().find("capture of Run"), std::string::npos) << report.ToString();
+}
+
+TYPED_TEST(BrokenWrapperTest, AFailedStreamEndsTheCheck) {
+  const Report report = this->Check(Fault::kFails);
+  this->ExpectOnly(Finding::Kind::kRefused, report);
+  EXPECT_EQ(report.findings.size(), 1u) << report.ToString();
+  EXPECT_LE(report.runs, 1);  // where the launch itself is not refused
 }
 
 TYPED_TEST(BrokenWrapperTest, AnErrorForAStepOfPaddingOnlyIsRefused) {

@@ -15,6 +15,7 @@
 #include "pristine/graph_runtime/launch.h"
 #include "pristine/graph_runtime/status.h"
 #include "tests/kit_test/naive.h"
+#include "tests/support/test_kernels.h"
 
 namespace pristine::testing {
 
@@ -86,6 +87,7 @@ class NaiveWrapper : public conformance::AttentionWrapper {
     if (fault_ == Fault::kRunsMaxRows) params.rows = shape_.max_requests();
     if (fault_ == Fault::kMissesLastRow) params.rows = bucket - 1;
     if (fault_ == Fault::kFreezesRows) params.rows = real_;
+    if (fault_ == Fault::kFails) return Launch(stream, kFail, {0});
     if (shape_.appends) {
       PRISTINE_RETURN_IF_ERROR(Launch(stream, kNaiveAppend, params));
     }

@@ -13,7 +13,7 @@
 //   - under two poisons, which cover all that a live row must not depend on: rows past the real ones, K and V of
 //     unused pages and after each request's last token, outputs, and the arrays that the wrapper is bound to;
 //   - eagerly, from the first launch of a captured graph, and from later replays with all other sets (of all buckets)
-//     in between, in two orders, the second with several steps in flight.
+//     in between, in two orders, the second with several steps in flight; and once more after recapture.
 // Live rows must come out bit-equal all the time, and be attention; no other byte may change. What is found is a list
 // of findings; the GoogleTest layer asserts that it is empty. examples/06_conformance_kit is a whole foreign wrapper.
 #ifndef PRISTINE_CONFORMANCE_ATTENTION_CONFORMANCE_H_
@@ -107,7 +107,7 @@ struct Finding {
   int32_t bucket = 0;
   std::vector<int32_t> lengths;  // of the step
   int32_t row = -1, head = -1;   // of the first difference; -1: no row
-  std::string detail;            // values, addresses' names, what ran before
+  std::string detail;            // values, where, what ran before
 
   std::string ToString() const;  // one line
 };
