@@ -17,6 +17,10 @@ if(PRISTINE_SANITIZE)
   add_link_options(-fsanitize=${PRISTINE_SANITIZE})
 endif()
 
+if(PRISTINE_FUZZ)
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=fuzzer-no-link>)
+endif()
+
 # pristine_library(name DEPS ... PRIVATE_DEPS ...): the static library of the current folder, pristine::name.
 function(pristine_library name)
   cmake_parse_arguments(A "" "" "DEPS;PRIVATE_DEPS" ${ARGN})

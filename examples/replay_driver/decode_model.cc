@@ -187,6 +187,9 @@ absl::Status DecodeModel::Body(Stream& stream, const Extent& bucket) {
                                       .k_new = k_new_.As<std::byte>().address(),
                                       .v_new = v_new_.As<std::byte>().address()};
     PRISTINE_RETURN_IF_ERROR(Launch(stream, kModelInputs, params));
+    if (extra_ != nullptr) {
+      PRISTINE_RETURN_IF_ERROR(extra_(stream, bucket, layer, Point::kInputsMade));
+    }
 
     attention::AppendKvTensors append;
     append.dtype = config_.dtype;
@@ -216,6 +219,9 @@ absl::Status DecodeModel::Body(Stream& stream, const Extent& bucket) {
       decode.kv_indices = metadata_->kv_indices().live;
       decode.lengths = metadata_->lengths().live;
       PRISTINE_RETURN_IF_ERROR(window_decode_->Run(stream, bucket, decode));
+    }
+    if (extra_ != nullptr) {
+      PRISTINE_RETURN_IF_ERROR(extra_(stream, bucket, layer, Point::kDecoded));
     }
   }
   return absl::OkStatus();

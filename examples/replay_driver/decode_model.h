@@ -5,7 +5,9 @@
 #define PRISTINE_EXAMPLES_REPLAY_DRIVER_DECODE_MODEL_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -44,6 +46,11 @@ class DecodeModel {
   // What remains before a replay: the window plan, and kv_indptr from plan_lengths.
   absl::Status FinishPlans(const StepInputs& inputs);
 
+  // Where a body lets somebody else queue nodes of their own.
+  enum class Point { kInputsMade, kDecoded };
+  using ExtraNodes = std::function<absl::Status(Stream& stream, const Extent& bucket, int32_t layer, Point point)>;
+  void set_extra_nodes(ExtraNodes extra) { extra_ = std::move(extra); }
+
   // What a GraphRunner captures.
   absl::Status Body(Stream& stream, const Extent& bucket);
   // The whole step on `stream`, node by node, without a graph.
@@ -54,6 +61,11 @@ class DecodeModel {
 
   BufferManager& manager() { return *manager_; }
   const ModelConfig& config() const { return config_; }
+  const attention::StepMetadata& metadata() const { return *metadata_; }
+  const Buffer<int32_t>& request_ids() const { return requests_; }
+  DeviceSpan<std::byte> q() const { return q_.As<std::byte>(); }
+  DeviceSpan<std::byte> k_new() const { return k_new_.As<std::byte>(); }
+  DeviceSpan<std::byte> v_new() const { return v_new_.As<std::byte>(); }
   const Buffer<int32_t>& kv_indptr_ws() const { return sparse_->kv_indptr_ws(); }
   DeviceSpan<std::byte> out(int32_t layer) const { return outputs_[layer].out.As<std::byte>(); }
   DeviceSpan<attention::LseBase2> lse(int32_t layer) const { return outputs_[layer].lse.As<attention::LseBase2>(); }
@@ -78,6 +90,7 @@ class DecodeModel {
   std::vector<Buffer<int32_t>> tables_;  // per sparse layer
   DeviceBuffer q_, k_new_, v_new_;       // of the layer that runs
   std::vector<Output> outputs_;          // per layer
+  ExtraNodes extra_;                     // may be empty
 };
 
 }  // namespace pristine::replay_driver

@@ -67,7 +67,7 @@ void Run(const Options& options, const Environment& environment, RunReport& repo
   try {
     const absl::StatusOr<std::vector<TraceRequest>> trace =
         options.synthetic() ? SyntheticTrace(options.seed, options.step_limit() * options.step_ms * kTicksPerMs)
-                            : ReadTrace(options.trace);
+                            : ReadTrace(options.trace, options.format);
     if (trace.ok()) return Conclude(Serve(options, environment, *trace, report), report);
     report.exit_code = ExitCode::kInput;
     report.exit_reason = std::string(trace.status().message());

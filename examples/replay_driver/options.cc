@@ -98,9 +98,12 @@ absl::Status SetSeed(const std::string& given, Options& options) {
   return absl::OkStatus();
 }
 
-// Only one format exists; the option is there so that a file without an extension can say what it is.
-absl::Status SetFormat(const std::string& given, Options&) {
-  return given == "azure-csv" ? absl::OkStatus() : Refuse("format", given, "azure-csv");
+// The format that the extension of `path` names; false: none.
+bool FormatOf(const std::string& path, TraceFormat& format) {
+  const size_t dot = path.rfind('.');
+  const std::string extension = dot == std::string::npos ? "" : path.substr(dot);
+  format = extension == ".jsonl" ? TraceFormat::kMooncakeJsonl : TraceFormat::kAzureCsv;
+  return extension == ".jsonl" || extension == ".csv";
 }
 
 std::vector<OptionSpec> Specs() {
@@ -110,7 +113,9 @@ std::vector<OptionSpec> Specs() {
   return {
       {"device", "auto|host|cuda[:N]", "where to run; auto: a GPU if there is one, else Host (auto)", SetDevice},
       Text("trace", "synthetic|FILE", "the requests: made up from --seed, or read (synthetic)", &Options::trace),
-      {"format", "azure-csv", "of the trace file (by its extension: .csv)", SetFormat},
+      Choice("format", "azure-csv|mooncake-jsonl", "of the trace file (by its extension: .csv, .jsonl)",
+             &Options::format,
+             {{"azure-csv", TraceFormat::kAzureCsv}, {"mooncake-jsonl", TraceFormat::kMooncakeJsonl}}),
       Number("steps", "N", "stop after so many steps (synthetic: 1500; a file: its end)", &Options::steps, 1,
              int64_t{1} << 40),
       Number("repeat", "N", "run the requests N times, with the same graphs (1)", &Options::repeat, 1, 1000000),
@@ -144,6 +149,9 @@ std::vector<OptionSpec> Specs() {
              &Options::compare_eager, 0, int64_t{1} << 40),
       Number("compare-rows", "N", "(request, layer, head) triples compared with the truth (64)", &Options::compare_rows,
              0, 1 << 20),
+      Choice("inject", "CLASS",
+             "one mistake, to see it caught: a node in the graph or a misuse of a call; the classes are below (none)",
+             &Options::inject, InjectionChoices()),
       {"seed", "N", "of the requests, of all K, V, Q and of the samples (1)", SetSeed},
       Text("report", "FILE.json", "write a report, whatever the outcome", &Options::report),
       {"quiet", "", "print errors only",
@@ -163,11 +171,7 @@ std::vector<OptionSpec> Specs() {
 constexpr int32_t kMaxHeadGroup = 32;
 
 // Sizes within these bounds pass every check of the libraries, those of partial results (at most 2^29 values) included.
-absl::Status CheckTogether(const Options& o, bool format_given) {
-  if (!o.synthetic() && !format_given && (o.trace.size() < 4 || o.trace.substr(o.trace.size() - 4) != ".csv")) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--trace=", o.trace, ": the extension names no format; expected .csv, or --format=azure-csv"));
-  }
+absl::Status CheckTogether(const Options& o) {
   // Four arrivals a second: a bound on what the generator makes.
   if (o.synthetic() && o.step_limit() > int64_t{10'000'000'000} / o.step_ms) {
     return absl::InvalidArgumentError(absl::StrCat("--steps=", o.steps, " of --step-ms=", o.step_ms,
@@ -241,7 +245,11 @@ absl::StatusOr<Options> ParseOptions(absl::Span<const std::string> args) {
     for (int32_t bucket = 1; bucket < options.max_batch; bucket *= 2) options.buckets.push_back(bucket);
     options.buckets.push_back(options.max_batch);
   }
-  PRISTINE_RETURN_IF_ERROR(CheckTogether(options, format_given));
+  if (!options.synthetic() && !format_given && !FormatOf(options.trace, options.format)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--trace=", options.trace, ": the extension names no format; expected .csv or .jsonl, or --format"));
+  }
+  PRISTINE_RETURN_IF_ERROR(CheckTogether(options));
   return options;
 }
 
@@ -254,6 +262,7 @@ std::string HelpText() {
     left.resize(std::max<size_t>(left.size() + 2, 33), ' ');
     absl::StrAppend(&text, left, spec.text, "\n");
   }
+  absl::StrAppend(&text, "\nClasses of --inject:\n", InjectionHelp());
   absl::StrAppend(
       &text,
       "\nus_per_replay is the wall time from the replay call until the stream is idle; every step is waited for,\n"

@@ -9,6 +9,8 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "examples/replay_driver/injection.h"
+#include "examples/replay_driver/trace.h"
 #include "pristine/attention/types.h"
 #include "pristine/buffers/buffer_manager.h"
 
@@ -21,6 +23,7 @@ struct Options {
   DeviceChoice device = DeviceChoice::kAuto;
   int32_t cuda_ordinal = 0;
   std::string trace = "synthetic";
+  TraceFormat format = TraceFormat::kAzureCsv;
   int64_t steps = 0;  // 0: the default of the trace
   int32_t repeat = 1;
   int32_t step_ms = 30;
@@ -38,6 +41,7 @@ struct Options {
   ManagerOptions::Check check = ManagerOptions::Check::kSampled;
   int64_t compare_eager = 100;  // compare in the steps whose number it divides; 0: never
   int32_t compare_rows = 64;
+  Injection inject = Injection::kNone;
   uint64_t seed = 1;
   std::string report;  // empty: none
   bool quiet = false;

@@ -106,6 +106,9 @@ absl::Status Session::SetUp() {
   if (options_.check != ManagerOptions::Check::kOff) {
     PRISTINE_RETURN_IF_ERROR(model_->ProtectPool());
   }
+  if (options_.inject != Injection::kNone) {
+    PRISTINE_ASSIGN_OR_RETURN(injector_, Injector::Create(options_.inject, *model_, *pool_, report_));
+  }
   report_.protection_level = ToString(model_->manager().protection_level());
 
   RunnerOptions runner;
@@ -150,7 +153,13 @@ absl::Status Session::Serve(absl::Span<const TraceRequest> trace) {
 absl::Status Session::RunStep(int64_t step, absl::Span<const ActiveRequest> active) {
   inputs_.Set(model_->config(), active);
   PRISTINE_ASSIGN_OR_RETURN(inputs_.bucket, runner_->BucketFor(inputs_.extent));
+  if (injector_ != nullptr) {
+    PRISTINE_RETURN_IF_ERROR(injector_->BeforeStep(step, inputs_, *stream_, *runner_));
+  }
   PRISTINE_RETURN_IF_ERROR(model_->Begin(inputs_));
+  if (injector_ != nullptr) {
+    PRISTINE_RETURN_IF_ERROR(injector_->Refill(inputs_));
+  }
   if (options_.restore == ManagerOptions::Restore::kStream) {
     PRISTINE_RETURN_IF_ERROR(model_->manager().Restore(*stream_));
   }
@@ -222,11 +231,17 @@ absl::Status Session::Compare(int64_t step) {
   report_.same_mismatches += same.mismatches;
   report_.truth_mismatches += truth.mismatches;
   report_.truth_rows += truth.rows;
+  std::string leak;
+  if (injector_ != nullptr && same.mismatches > 0 && report_.first_mismatch.empty()) {
+    PRISTINE_ASSIGN_OR_RETURN(leak, injector_->FindLeak(inputs_, *stream_));
+  }
   report_.max_rel_rms = std::max(report_.max_rel_rms, truth.max_rel_rms);
   for (const Comparison* comparison : {&same, &truth}) {
     if (comparison->mismatches == 0) continue;
     report_.FailAt(step);
-    if (report_.first_mismatch.empty()) report_.first_mismatch = absl::StrCat("step ", step, ": ", comparison->first);
+    if (report_.first_mismatch.empty()) {
+      report_.first_mismatch = absl::StrCat("step ", step, ": ", comparison->first, leak.empty() ? "" : "; ", leak);
+    }
   }
   return absl::OkStatus();
 }
@@ -272,7 +287,7 @@ absl::Status Session::Finish() {
       }
     }
   }
-  return absl::OkStatus();
+  return injector_ == nullptr ? absl::OkStatus() : injector_->CheckMade();
 }
 
 void Session::ShowProgress() {

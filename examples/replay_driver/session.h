@@ -12,6 +12,7 @@
 #include "absl/types/span.h"
 #include "examples/replay_driver/decode_model.h"
 #include "examples/replay_driver/driver.h"
+#include "examples/replay_driver/injector.h"
 #include "examples/replay_driver/kv_pool.h"
 #include "examples/replay_driver/options.h"
 #include "examples/replay_driver/report.h"
@@ -60,6 +61,7 @@ class Session {
   std::unique_ptr<KvPool> pool_;
   std::unique_ptr<DecodeModel> model_;   // what the graphs run
   std::unique_ptr<DecodeModel> shadow_;  // what compares with it
+  std::unique_ptr<Injector> injector_;   // null without --inject
   std::unique_ptr<GraphRunner> runner_;
 
   std::optional<Scheduler> scheduler_;  // of the present Serve; queued copies read its page lists

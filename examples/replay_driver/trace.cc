@@ -12,12 +12,12 @@
 #include "absl/strings/str_split.h"
 #include "absl/types/span.h"
 #include "examples/replay_driver/kv_hash.h"
+#include "examples/replay_driver/trace_line.h"
 
 namespace pristine::replay_driver {
 namespace {
 
 constexpr char kHeader[] = "TIMESTAMP,ContextTokens,GeneratedTokens";
-constexpr int32_t kMostTokens = 1'000'000'000;
 
 // Days since 1970-01-01 in the Gregorian calendar; years start in March, so that the leap day is the last.
 int64_t DaysSinceEpoch(int64_t year, int64_t month, int64_t day) {
@@ -85,16 +85,27 @@ int32_t Quantile(absl::Span<const QuantilePoint> points, double uniform) {
 
 }  // namespace
 
+absl::Status RefuseLine(const std::string& file, int64_t line, const std::string& expected, const std::string& found) {
+  // A binary file's "line" can be anything: show a piece of it, printable.
+  std::string shown = found.substr(0, 60);
+  for (char& c : shown) c = c >= ' ' && c <= '~' ? c : '?';
+  return absl::InvalidArgumentError(absl::StrCat(file, ":", line, ": expected ", expected, ", found '", shown, "'"));
+}
+
+void SortByArrival(std::vector<TraceRequest>& requests) {
+  std::stable_sort(requests.begin(), requests.end(),
+                   [](const TraceRequest& a, const TraceRequest& b) { return a.arrival < b.arrival; });
+  if (requests.empty()) return;
+  const int64_t first = requests.front().arrival;
+  for (TraceRequest& request : requests) request.arrival -= first;
+}
+
 absl::StatusOr<std::vector<TraceRequest>> ParseAzureCsv(std::istream& in, const std::string& name) {
   std::vector<TraceRequest> requests;
   std::string line;
   int64_t number = 0;
   const auto refuse = [&](const std::string& expected, const std::string& found) {
-    // A binary file's "line" can be anything: show a piece of it, printable.
-    std::string shown = found.substr(0, 60);
-    for (char& c : shown) c = c >= ' ' && c <= '~' ? c : '?';
-    return absl::InvalidArgumentError(
-        absl::StrCat(name, ":", number, ": expected ", expected, ", found '", shown, "'"));
+    return RefuseLine(name, number, expected, found);
   };
   while (std::getline(in, line)) {
     ++number;
@@ -117,17 +128,14 @@ absl::StatusOr<std::vector<TraceRequest>> ParseAzureCsv(std::istream& in, const 
     ++number;
     return refuse(number == 1 ? absl::StrCat("the header ", kHeader) : "at least one request", "end of file");
   }
-  std::stable_sort(requests.begin(), requests.end(),
-                   [](const TraceRequest& a, const TraceRequest& b) { return a.arrival < b.arrival; });
-  const int64_t first = requests.front().arrival;
-  for (TraceRequest& request : requests) request.arrival -= first;
+  SortByArrival(requests);
   return requests;
 }
 
-absl::StatusOr<std::vector<TraceRequest>> ReadTrace(const std::string& path) {
+absl::StatusOr<std::vector<TraceRequest>> ReadTrace(const std::string& path, TraceFormat format) {
   std::ifstream in(path, std::ios::binary);
   if (!in) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened; expected a readable trace file"));
-  return ParseAzureCsv(in, path);
+  return format == TraceFormat::kMooncakeJsonl ? ParseMooncakeJsonl(in, path) : ParseAzureCsv(in, path);
 }
 
 std::vector<TraceRequest> SyntheticTrace(uint64_t seed, int64_t duration) {

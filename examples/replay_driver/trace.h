@@ -24,8 +24,14 @@ struct TraceRequest {
 // INVALID_ARGUMENT: "FILE:LINE: expected …, found …".
 absl::StatusOr<std::vector<TraceRequest>> ParseAzureCsv(std::istream& in, const std::string& name);
 
+// Lines {"timestamp": 0, "input_length": 6758, "output_length": 500}, timestamps in milliseconds; further fields may
+// hold numbers, strings or lists of them. Otherwise as ParseAzureCsv.
+absl::StatusOr<std::vector<TraceRequest>> ParseMooncakeJsonl(std::istream& in, const std::string& name);
+
+enum class TraceFormat { kAzureCsv, kMooncakeJsonl };
+
 // Opens `path` and parses it. NOT_FOUND: cannot be opened.
-absl::StatusOr<std::vector<TraceRequest>> ReadTrace(const std::string& path);
+absl::StatusOr<std::vector<TraceRequest>> ReadTrace(const std::string& path, TraceFormat format);
 
 // Poisson arrivals, 4 a second, over `duration` ticks (at least one request), with lengths that have the quantiles of
 // the Azure code trace. The same for the same seed, everywhere.

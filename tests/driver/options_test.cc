@@ -42,10 +42,11 @@ TEST(Options, AFileRunsToItsEnd) {
 
 TEST(Options, HelpNamesEveryOptionOfTheIssue) {
   const std::string help = HelpText();
-  for (const char* name : {"device",  "trace",  "format",        "steps",        "repeat",    "step-ms",   "max-batch",
-                           "buckets", "dtype",  "heads",         "kv-heads",     "head-dim",  "page-size", "kv-tokens",
-                           "layers",  "window", "sparse-block",  "topk-blocks",  "kv-groups", "dense-len", "plan-from",
-                           "restore", "check",  "compare-eager", "compare-rows", "seed",      "report",    "quiet"}) {
+  for (const char* name :
+       {"device",       "trace",       "format",    "steps",     "repeat",    "step-ms",   "max-batch", "buckets",
+        "dtype",        "heads",       "kv-heads",  "head-dim",  "page-size", "kv-tokens", "layers",    "window",
+        "sparse-block", "topk-blocks", "kv-groups", "dense-len", "plan-from", "restore",   "check",     "compare-eager",
+        "compare-rows", "inject",      "seed",      "report",    "quiet"}) {
     EXPECT_NE(help.find(std::string("  --") + name), std::string::npos) << name;
   }
   // A value that --help asks for is not needed to be understood: everything else may be wrong.
@@ -101,8 +102,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--device=cuda:"}, "--device=cuda:: expected"}, BadCase{{"--device=cuda:-1"}, "expected auto, host"},
         BadCase{{"--seed=-1"}, "--seed=-1: expected an integer in [0, 2^64)"},
         BadCase{{"--trace="}, "--trace=: expected synthetic|FILE"},
-        BadCase{{"--trace=requests.jsonl"}, "expected .csv, or --format=azure-csv"},
-        BadCase{{"--format=jsonl"}, "--format=jsonl: expected azure-csv"},
+        BadCase{{"--trace=requests.json"}, "the extension names no format; expected .csv or .jsonl, or --format"},
+        BadCase{{"--format=jsonl"}, "--format=jsonl: expected one of azure-csv, mooncake-jsonl"},
         BadCase{{"--report="}, "--report=: expected FILE.json"},
         BadCase{{"--compare-eager=-1"}, "--compare-eager=-1: expected an integer in [0,"}));
 

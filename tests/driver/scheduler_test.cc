@@ -152,7 +152,7 @@ int64_t BucketChanges(const std::vector<TraceRequest>& trace) {
 TEST(Scheduler, TheWholeAzureTraceChangesBucketsOverAThousandTimes) {
   const std::string path = testing::TracePath("azure_llm_2023_code.csv");
   if (path.empty()) GTEST_SKIP() << testing::kNoTraces;
-  ASSERT_OK_AND_ASSIGN(const std::vector<TraceRequest> trace, ReadTrace(path));
+  ASSERT_OK_AND_ASSIGN(const std::vector<TraceRequest> trace, ReadTrace(path, TraceFormat::kAzureCsv));
   EXPECT_EQ(trace.size(), 8819u);
   EXPECT_GT(BucketChanges(trace), 1000);
 }

@@ -29,7 +29,7 @@ int64_t StepsThatDisagree(const Args& args, bool restored_before_the_read) {
   absl::StatusOr<std::vector<replay_driver::TraceRequest>> trace =
       options->synthetic() ? replay_driver::SyntheticTrace(
                                  options->seed, options->step_limit() * options->step_ms * replay_driver::kTicksPerMs)
-                           : replay_driver::ReadTrace(options->trace);
+                           : replay_driver::ReadTrace(options->trace, options->format);
   EXPECT_TRUE(trace.ok()) << trace.status();
   replay_driver::Scheduler scheduler(*trace, {.step_ticks = options->step_ms * replay_driver::kTicksPerMs,
                                               .step_limit = options->step_limit(),
@@ -166,7 +166,7 @@ TYPED_TEST(SixPairs, TheWholeAzureTraceOnAGpu) {
   const std::string path = TracePath("azure_llm_2023_code.csv");
   if (path.empty()) GTEST_SKIP() << kNoTraces;
   const Args whole = {"--trace=" + path, "--compare-eager=500"};
-  ASSERT_OK_AND_ASSIGN(const auto trace, replay_driver::ReadTrace(path));
+  ASSERT_OK_AND_ASSIGN(const auto trace, replay_driver::ReadTrace(path, replay_driver::TraceFormat::kAzureCsv));
   const double requests = static_cast<double>(trace.size());
   for (const char* restore : {"graph", "stream", "off"}) {
     const DriverResult clean = this->Run("lengths", restore, whole);

@@ -82,7 +82,9 @@ TEST(AzureCsv, ABinaryFileIsShownInPrintableCharacters) {
   EXPECT_STATUS(status, kInvalidArgument, "found '?ELF");
 }
 
-TEST(ReadTrace, AMissingFileIsNotFound) { EXPECT_STATUS(ReadTrace("/nowhere/t.csv"), kNotFound, "/nowhere/t.csv"); }
+TEST(ReadTrace, AMissingFileIsNotFound) {
+  EXPECT_STATUS(ReadTrace("/nowhere/t.csv", TraceFormat::kAzureCsv), kNotFound, "/nowhere/t.csv");
+}
 
 TEST(SyntheticTrace, IsTheSameForTheSameSeedOnly) {
   const auto lengths = [](uint64_t seed) {

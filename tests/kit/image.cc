@@ -1,0 +1,228 @@
+#include "tests/kit/image.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "attention/kernels/bfloat16.h"
+
+namespace pristine::conformance {
+namespace {
+
+using attention::BFloat16;
+using attention::DType;
+
+constexpr float kLarge = 1e4f;  // finite in every dtype, and far above all live values
+
+size_t AlignUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+double Round(DType dtype, double value) {
+  const float single = static_cast<float>(value);
+  return dtype == DType::kFloat32 ? single : ToFloat(attention::FromFloat<BFloat16>(single));
+}
+void Store(DType dtype, float value, std::byte* to) {
+  if (dtype == DType::kFloat32) {
+    std::memcpy(to, &value, sizeof(value));
+  } else {
+    const BFloat16 rounded = attention::FromFloat<BFloat16>(value);
+    std::memcpy(to, &rounded, sizeof(rounded));
+  }
+}
+// Sets all elements of `parts`.
+void Fill(std::vector<std::byte>& image, const Layout& layout, std::initializer_list<Layout::Name> parts, DType dtype,
+          float value) {
+  std::array<std::byte, 4> element;
+  Store(dtype, value, element.data());
+  for (const Layout::Name name : parts) {
+    const Layout::Part& part = layout[name];
+    std::byte* const begin = image.data() + part.offset;
+    std::memcpy(begin, element.data(), part.element);
+    for (size_t done = part.element; done < part.bytes; done *= 2) {
+      std::memcpy(begin + done, begin, std::min(done, part.bytes - done));
+    }
+  }
+}
+
+}  // namespace
+
+double Fetch(DType dtype, const std::byte* from) {
+  if (dtype == DType::kFloat32) {
+    float value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  BFloat16 value;
+  std::memcpy(&value, from, sizeof(value));
+  return ToFloat(value);
+}
+
+const char* ToString(Poison poison) { return poison == Poison::kNan ? "NaN" : "maximal"; }
+
+int32_t PoisonOf(Poison poison, const BoundArray& array, int32_t max_requests) {
+  const bool nan = poison == Poison::kNan;
+  switch (array.kind) {
+    case Kind::kIndptr:
+      return nan ? 0 : array.limit - array.limit / max_requests;  // where the last of the longest rows begins
+    case Kind::kLength:
+      return nan ? 1 : array.limit;
+    case Kind::kPageTable:
+    case Kind::kSlot:
+      return nan ? array.limit : array.limit - 1;
+    case Kind::kPosition:
+    case Kind::kMask:
+    case Kind::kOpaque:
+      break;
+  }
+  return nan ? 0 : array.limit - 1;
+}
+
+Layout::Layout(const AttentionShape& shape) {
+  const size_t element = SizeOf(shape.dtype);
+  const size_t q_row = element * shape.q_heads * shape.head_dim, kv_row = element * shape.kv_heads * shape.head_dim;
+  const size_t page = kv_row * shape.page_size, requests = shape.max_requests(), pages = shape.num_pages() + 1;
+  parts_ = {Part{"q", 0, requests * q_row, element, q_row},
+            {"k_new", 0, requests * kv_row, element, kv_row},
+            {"v_new", 0, requests * kv_row, element, kv_row},
+            {"k", 0, pages * page, element, page},
+            {"v", 0, pages * page, element, page},
+            {"out", 0, requests * q_row, element, q_row},
+            {"lse", 0, requests * shape.q_heads * sizeof(float), sizeof(float), shape.q_heads * sizeof(float)}};
+  for (Part& part : parts_) {
+    part.offset = bytes_;
+    bytes_ = AlignUp(bytes_ + part.bytes) + 256;
+  }
+}
+
+AttentionTensors Layout::Tensors(const AttentionShape& shape, DeviceSpan<std::byte> image) const {
+  const auto part = [&](Name name) { return image.Sub(parts_[name].offset, parts_[name].bytes); };
+  const auto pool = [&](Name name) { return part(name).Sub(0, parts_[name].row * shape.num_pages()); };
+  const DeviceSpan<std::byte> lse = part(kLse);
+  return {.q = part(kQ),
+          .k_new = part(kKNew),
+          .v_new = part(kVNew),
+          .k = pool(kK),
+          .v = pool(kV),
+          .out = part(kOut),
+          .lse = {reinterpret_cast<float*>(lse.address()), lse.size() / sizeof(float)}};
+}
+
+std::string Layout::StrayWrite(const AttentionShape& shape, int32_t bucket, const std::vector<std::byte>& expected,
+                               const std::vector<std::byte>& after) const {
+  size_t at = 0;
+  // Compares [at, end), then skips `allowed` bytes.
+  const auto clean = [&](size_t end, size_t allowed) {
+    if (std::memcmp(expected.data() + at, after.data() + at, end - at) == 0) {
+      at = end + allowed;
+      return true;
+    }
+    const auto difference = std::mismatch(expected.begin() + at, expected.begin() + end, after.begin() + at);
+    at = difference.first - expected.begin();
+    return false;
+  };
+  const size_t rows = bucket;
+  if (clean(parts_[kK].offset, parts_[kK].row) && clean(parts_[kV].offset, parts_[kV].row) &&
+      clean(parts_[kOut].offset, rows * parts_[kOut].row) &&
+      clean(parts_[kLse].offset, shape.lse == AttentionShape::Lse::kNone ? 0 : rows * parts_[kLse].row) &&
+      clean(bytes_, 0)) {
+    return "";
+  }
+  const Part* part = &parts_[0];
+  for (const Part& candidate : parts_) {
+    if (candidate.offset <= at) part = &candidate;
+  }
+  const size_t offset = at - part->offset;
+  if (offset >= part->bytes) return absl::StrCat("byte ", offset - part->bytes, " past the end of ", part->name);
+  return absl::StrCat(part->name, part == &parts_[kK] || part == &parts_[kV] ? " page " : " row ", offset / part->row,
+                      ", element ", offset % part->row / part->element);
+}
+
+double StepImage::Value(What what, int32_t row, int32_t position, int32_t head, int32_t d) const {
+  const uint64_t place = Mix(Mix(uint64_t{what} << 32 | static_cast<uint32_t>(row)) ^ static_cast<uint32_t>(position)) ^
+                         (static_cast<uint64_t>(head) << 32 | static_cast<uint32_t>(d));
+  const double uniform = static_cast<double>(Mix(step_.seed ^ place) >> 11) * 0x1p-53;
+  return Round(shape_.dtype, (2 * uniform - 1) * std::sqrt(3.0));
+}
+
+void StepImage::Put(std::vector<std::byte>& image, Layout::Name part, int64_t index, double value) const {
+  Store(shape_.dtype, static_cast<float>(value), image.data() + layout_[part].offset + index * layout_[part].element);
+}
+
+std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
+  // Outputs and gaps: NaN in every dtype, or large and finite.
+  std::vector<std::byte> image(layout_.bytes(), poison == Poison::kNan ? std::byte{0xff} : std::byte{0x7a});
+  // Inputs have another poison than the pool: a stored padded row shows.
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  Fill(image, layout_, {Layout::kQ, Layout::kKNew, Layout::kVNew}, shape_.dtype, poison == Poison::kNan ? nan : kLarge);
+  Fill(image, layout_, {Layout::kK, Layout::kV}, shape_.dtype, poison == Poison::kNan ? -nan : -kLarge);
+  for (const Layout::Name part : {Layout::kK, Layout::kV}) {  // the dummy page is finite
+    std::fill_n(image.begin() + layout_[part].offset, layout_[part].row, std::byte{0});
+  }
+  const int32_t dim = shape_.head_dim, kv_row = shape_.kv_heads * dim;
+  for (int32_t r = 0; r < step_.requests(); ++r) {
+    const int32_t length = step_.lengths[r], newest = length - 1;
+    for (int32_t i = 0; i < shape_.q_heads * dim; ++i) {
+      Put(image, Layout::kQ, int64_t{r} * shape_.q_heads * dim + i, Value(kQuery, r, 0, i / dim, i % dim));
+    }
+    for (int32_t p = 0; p < length; ++p) {
+      for (int32_t i = 0; i < kv_row; ++i) {
+        const double key = Value(kKey, r, p, i / dim, i % dim), value = Value(kValue, r, p, i / dim, i % dim);
+        if (p == newest) {
+          Put(image, Layout::kKNew, int64_t{r} * kv_row + i, key);
+          Put(image, Layout::kVNew, int64_t{r} * kv_row + i, value);
+          if (shape_.appends && !appended) continue;
+        }
+        Put(image, Layout::kK, step_.Slot(shape_, r, p) * kv_row + i, key);
+        Put(image, Layout::kV, step_.Slot(shape_, r, p) * kv_row + i, value);
+      }
+    }
+  }
+  return image;
+}
+
+std::string StepImage::WrongValue(const std::vector<std::byte>& after, int32_t row, int32_t head) const {
+  const int32_t dim = shape_.head_dim, kv_head = head / (shape_.q_heads / shape_.kv_heads);
+  const double scale = shape_.scale > 0 ? shape_.scale : 1 / std::sqrt(static_cast<double>(dim));
+  std::vector<double> query(dim), scores;
+  for (int32_t d = 0; d < dim; ++d) query[d] = Value(kQuery, row, 0, head, d);
+  std::vector<int32_t> positions;
+  for (int32_t p = 0; p < step_.lengths[row]; ++p) {
+    if (shape_.attended && !shape_.attended(step_.lengths[row], kv_head, p)) continue;
+    double score = 0;
+    for (int32_t d = 0; d < dim; ++d) score += query[d] * Value(kKey, row, p, kv_head, d);
+    positions.push_back(p);
+    scores.push_back(score * scale);
+  }
+  const double top = scores.empty() ? 0 : *std::max_element(scores.begin(), scores.end());
+  double sum = 0;
+  std::vector<double> expected(dim, 0);
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const double mass = std::exp(scores[i] - top);
+    sum += mass;
+    for (int32_t d = 0; d < dim; ++d) expected[d] += mass * Value(kValue, row, positions[i], kv_head, d);
+  }
+  double error = 0, norm = 0;
+  const int64_t place = int64_t{row} * shape_.q_heads + head;
+  for (int32_t d = 0; d < dim; ++d) {
+    if (sum > 0) expected[d] /= sum;
+    const std::byte* address = after.data() + layout_[Layout::kOut].offset + (place * dim + d) * SizeOf(shape_.dtype);
+    error += std::pow(Fetch(shape_.dtype, address) - expected[d], 2);
+    norm += expected[d] * expected[d];
+  }
+  // Far above rounding, far below the weight of one position at the kit's lengths. NaN fails, too.
+  const double rms = norm > 0 ? std::sqrt(error / norm) : error;
+  const double tolerance = shape_.dtype == DType::kFloat32 ? 1e-4 : 1e-2;
+  if (!(rms <= tolerance)) {
+    return absl::StrCat("relative RMS ", rms, " over ", positions.size(), " positions, accepted ", tolerance);
+  }
+  if (shape_.lse == AttentionShape::Lse::kNone) return "";
+  const double natural = sum > 0 ? top + std::log(sum) : -std::numeric_limits<double>::infinity();
+  const double lse = shape_.lse == AttentionShape::Lse::kBase2 ? natural / std::log(2.0) : natural;
+  const double actual = Fetch(DType::kFloat32, after.data() + layout_[Layout::kLse].offset + place * sizeof(float));
+  if (lse == actual || std::abs(lse - actual) <= 1e-2) return "";
+  return absl::StrCat("lse ", actual, ", expected ", lse);
+}
+
+}  // namespace pristine::conformance

@@ -1,0 +1,76 @@
+// The device memory of a step as one block of bytes, so that loading, comparing and finding stray writes are one
+// operation each; and what attention over it must give.
+#ifndef PRISTINE_TESTS_KIT_IMAGE_H_
+#define PRISTINE_TESTS_KIT_IMAGE_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "pristine/conformance/attention_conformance.h"
+#include "tests/kit/step.h"
+
+namespace pristine::conformance {
+
+// What fills everything that a live row must not depend on.
+enum class Poison {
+  kNan,      // NaN; numbers just out of range, which are mapped and hold NaN; lengths 1, indptr 0
+  kMaximal,  // large finite values; the largest legal numbers. NaN alone would be hidden by min, max and comparisons
+};
+constexpr std::array<Poison, 2> kPoisons = {Poison::kNan, Poison::kMaximal};
+const char* ToString(Poison poison);
+
+// The value of one element of `dtype`.
+double Fetch(attention::DType dtype, const std::byte* from);
+// Of a bound array. A kernel that follows poisoned numbers stays within arrays and pool.
+int32_t PoisonOf(Poison poison, const BoundArray& array, int32_t max_requests);
+
+// Where the tensors lie in an image; gaps between them are poison, too.
+class Layout {
+ public:
+  struct Part {
+    const char* name;
+    size_t offset, bytes;  // k and v: with the page past num_pages
+    size_t element, row;   // bytes of an element; of a row (of a request, or of a page)
+  };
+  enum Name { kQ, kKNew, kVNew, kK, kV, kOut, kLse };
+
+  explicit Layout(const AttentionShape& shape);
+  const Part& operator[](Name name) const { return parts_[name]; }
+  size_t bytes() const { return bytes_; }
+  AttentionTensors Tensors(const AttentionShape& shape, DeviceSpan<std::byte> image) const;
+  // "" if `after` differs from `expected` only where a step of `bucket` may write: its rows of out and lse, and the
+  // dummy page. The first other difference, otherwise.
+  std::string StrayWrite(const AttentionShape& shape, int32_t bucket, const std::vector<std::byte>& expected,
+                         const std::vector<std::byte>& after) const;
+
+ private:
+  std::array<Part, 7> parts_;
+  size_t bytes_ = 0;
+};
+
+// Values of a step: K, V and Q come from a hash, rounded to the shape's dtype.
+class StepImage {
+ public:
+  StepImage(const AttentionShape& shape, const Layout& layout, const KitStep& step)
+      : shape_(shape), layout_(layout), step_(step) {}
+  // What the step finds, or (appended) what must be there afterwards but for outputs.
+  std::vector<std::byte> Build(Poison poison, bool appended) const;
+  // "" if out and lse of (row, head) in `after` are attention.
+  std::string WrongValue(const std::vector<std::byte>& after, int32_t row, int32_t head) const;
+
+ private:
+  enum What : uint64_t { kQuery, kKey, kValue };
+  double Value(What what, int32_t row, int32_t position, int32_t head, int32_t d) const;
+  void Put(std::vector<std::byte>& image, Layout::Name part, int64_t index, double value) const;
+
+  const AttentionShape& shape_;
+  const Layout& layout_;
+  const KitStep& step_;
+};
+
+}  // namespace pristine::conformance
+
+#endif  // PRISTINE_TESTS_KIT_IMAGE_H_

@@ -1,0 +1,269 @@
+// Our own wrappers under the kit, as an engine that captures by itself would use them.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "pristine/attention/append_kv.h"
+#include "pristine/attention/decode_plan.h"
+#include "pristine/attention/paged_decode.h"
+#include "pristine/attention/sparse_page_table.h"
+#include "pristine/attention/step_metadata.h"
+#include "pristine/buffers/buffer_manager.h"
+#include "pristine/conformance/attention_conformance.h"
+#include "tests/support/backends.h"
+#include "tests/support/status_matchers.h"
+
+namespace pristine::testing {
+namespace {
+
+using attention::AppendKv;
+using attention::DecodePlan;
+using attention::DType;
+using attention::PagedDecode;
+using attention::SparsePageTable;
+using attention::SparseRowBound;
+using attention::SparseRowLength;
+using attention::StepMetadata;
+using attention::StepValues;
+using conformance::AttentionShape;
+using conformance::AttentionTensors;
+using conformance::BoundArray;
+using conformance::Conforms;
+
+float Scale(const AttentionShape& shape) { return 1 / std::sqrt(static_cast<float>(shape.head_dim)); }
+
+// StepMetadata, a plan and PagedDecode, with a sliding window if `window` > 0.
+class DecodeWrapper : public conformance::AttentionWrapper {
+ public:
+  static absl::StatusOr<std::unique_ptr<DecodeWrapper>> Create(Device& device, const AttentionShape& shape,
+                                                               int32_t window) {
+    std::unique_ptr<DecodeWrapper> wrapper(new DecodeWrapper(shape));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->manager_, BufferManager::Create(device));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->metadata_,
+                              StepMetadata::Create(*wrapper->manager_, {.max_requests = shape.max_requests(),
+                                                                        .max_tokens = shape.max_requests(),
+                                                                        .page_size = shape.page_size,
+                                                                        .num_pages = shape.num_pages(),
+                                                                        .max_step_pages = shape.max_step_pages(),
+                                                                        .max_length = shape.max_length}));
+    attention::DecodePlanConfig plan = {.q_heads = shape.q_heads,
+                                        .kv_heads = shape.kv_heads,
+                                        .head_dim = shape.head_dim,
+                                        .dtype = shape.dtype,
+                                        .page_size = shape.page_size,
+                                        .window = window,
+                                        .max_row_tokens = shape.max_length,
+                                        .derived_from = {wrapper->metadata_->lengths().id}};
+    for (const int32_t bucket : shape.buckets) plan.buckets.push_back({bucket, bucket});
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->plan_, DecodePlan::Create(*wrapper->manager_, plan));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->decode_, PagedDecode::Create(*wrapper->plan_, Scale(shape)));
+    PRISTINE_RETURN_IF_ERROR(wrapper->manager_->Seal());
+    return wrapper;
+  }
+
+  absl::Status Prepare(Stream& stream, int32_t bucket, const StepValues& step) override {
+    const int32_t real = static_cast<int32_t>(step.lengths.size());
+    PRISTINE_RETURN_IF_ERROR(manager_->BeginStep({bucket, bucket}, {real, real}));
+    PRISTINE_RETURN_IF_ERROR(metadata_->Refill(step));
+    PRISTINE_RETURN_IF_ERROR(plan_->Plan({bucket, bucket}, step.lengths));
+    return manager_->BeforeReplay(stream, {bucket, bucket}, {real, real});
+  }
+  absl::Status Run(Stream& stream, int32_t bucket, const AttentionTensors& t) override {
+    PRISTINE_RETURN_IF_ERROR(manager_->RecordPrologue(stream, {bucket, bucket}));
+    if (shape_.appends) {
+      PRISTINE_RETURN_IF_ERROR(AppendKv(stream, bucket,
+                                        {.dtype = shape_.dtype,
+                                         .kv_heads = shape_.kv_heads,
+                                         .head_dim = shape_.head_dim,
+                                         .k_new = t.k_new,
+                                         .v_new = t.v_new,
+                                         .slots = metadata_->slots().live,
+                                         .k = t.k,
+                                         .v = t.v}));
+    }
+    return decode_->Run(stream, {bucket, bucket},
+                        {.q = t.q,
+                         .k = t.k,
+                         .v = t.v,
+                         .out = t.out,
+                         .lse = {reinterpret_cast<attention::LseBase2*>(t.lse.address()), t.lse.size()},
+                         .kv_indptr = metadata_->kv_indptr().live,
+                         .kv_indices = metadata_->kv_indices().live,
+                         .lengths = metadata_->lengths().live});
+  }
+  std::vector<BoundArray> BoundArrays() override {
+    return {{Kind::kLength, metadata_->lengths().live, shape_.max_length},
+            {Kind::kIndptr, metadata_->kv_indptr().live, shape_.max_step_pages()},
+            {Kind::kPageTable, metadata_->kv_indices().live, shape_.num_pages()},
+            {Kind::kSlot, metadata_->slots().live, shape_.num_pages() * shape_.page_size},
+            {Kind::kPosition, metadata_->positions().live, shape_.max_length}};
+  }
+  BufferManager& manager() { return *manager_; }
+
+ private:
+  explicit DecodeWrapper(const AttentionShape& shape) : shape_(shape) {}
+  const AttentionShape shape_;
+  std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<StepMetadata> metadata_;
+  std::unique_ptr<DecodePlan> plan_;
+  std::unique_ptr<PagedDecode> decode_;
+};
+
+// The sparse path: page table to CSR in the graph, then PagedDecode over pages of one token, a row per KV-head group.
+class SparseWrapper : public conformance::AttentionWrapper {
+ public:
+  static constexpr int32_t kBlock = 4, kTopk = 3;
+
+  // The j-th block that a request of `length` selects in `group`: kTopk - 1 neighbours and the last one.
+  static int32_t Block(int32_t length, int32_t group, int32_t j) {
+    const int32_t blocks = (length - 1) / kBlock + 1;
+    return j == kTopk - 1 ? blocks - 1 : (7 * length + 3 * group) % (blocks - kTopk + 1) + j;
+  }
+  static bool Attended(int32_t length, int32_t group, int32_t position) {
+    if (length <= kTopk * kBlock) return true;
+    for (int32_t j = 0; j < kTopk; ++j) {
+      if (Block(length, group, j) == position / kBlock) return true;
+    }
+    return false;
+  }
+
+  static absl::StatusOr<std::unique_ptr<SparseWrapper>> Create(Device& device, const AttentionShape& shape) {
+    std::unique_ptr<SparseWrapper> wrapper(new SparseWrapper(shape));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->manager_, BufferManager::Create(device));
+    BufferManager& manager = *wrapper->manager_;
+    const attention::SparseConfig sparse = {.groups = shape.kv_heads, .block = kBlock, .topk = kTopk};
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->metadata_,
+                              StepMetadata::Create(manager, {.max_requests = shape.max_requests(),
+                                                             .max_tokens = shape.max_requests(),
+                                                             .page_size = shape.page_size,
+                                                             .num_pages = shape.num_pages(),
+                                                             .max_step_pages = shape.max_step_pages(),
+                                                             .max_length = shape.max_length,
+                                                             .worst_length = SparseRowBound(sparse)}));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->sparse_, SparsePageTable::Create(manager, *wrapper->metadata_, sparse));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->table_, wrapper->sparse_->RegisterTable("table"));
+    attention::DecodePlanConfig plan = {.rows_per_request = sparse.groups,
+                                        .q_heads = shape.q_heads / sparse.groups,
+                                        .kv_heads = 1,
+                                        .head_dim = shape.head_dim,
+                                        .dtype = shape.dtype,
+                                        .max_row_tokens = SparseRowBound(sparse),
+                                        .derived_from = {wrapper->metadata_->lengths().id}};
+    for (const int32_t bucket : shape.buckets) plan.buckets.push_back({bucket, bucket});
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->plan_, DecodePlan::Create(manager, plan));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->decode_, PagedDecode::Create(*wrapper->plan_, Scale(shape)));
+    PRISTINE_RETURN_IF_ERROR(manager.Seal());
+    return wrapper;
+  }
+
+  absl::Status Prepare(Stream& stream, int32_t bucket, const StepValues& step) override {
+    const int32_t real = static_cast<int32_t>(step.lengths.size()), groups = sparse_->config().groups;
+    std::vector<int32_t> plan_lengths, blocks;
+    for (const int32_t length : step.lengths) {
+      for (int32_t group = 0; group < groups; ++group) {
+        plan_lengths.push_back(SparseRowLength(sparse_->config(), length));
+        for (int32_t j = 0; j < kTopk; ++j) {
+          blocks.push_back(length > kTopk * kBlock ? Block(length, group, j) : 0);  // short rows do not read it
+        }
+      }
+    }
+    PRISTINE_RETURN_IF_ERROR(manager_->BeginStep({bucket, bucket}, {real, real}));
+    PRISTINE_RETURN_IF_ERROR(metadata_->Refill(step));
+    PRISTINE_RETURN_IF_ERROR(sparse_->Refill(plan_lengths));
+    PRISTINE_RETURN_IF_ERROR(manager_->Refill<int32_t>(table_, blocks));
+    PRISTINE_RETURN_IF_ERROR(plan_->Plan({bucket, bucket}, plan_lengths));
+    return manager_->BeforeReplay(stream, {bucket, bucket}, {real, real});
+  }
+  absl::Status Run(Stream& stream, int32_t bucket, const AttentionTensors& t) override {
+    PRISTINE_RETURN_IF_ERROR(manager_->RecordPrologue(stream, {bucket, bucket}));
+    PRISTINE_RETURN_IF_ERROR(sparse_->Run(stream, {bucket, bucket}, table_));
+    return decode_->Run(stream, {bucket, bucket},
+                        {.q = t.q,
+                         .k = t.k,
+                         .v = t.v,
+                         .out = t.out,
+                         .lse = {reinterpret_cast<attention::LseBase2*>(t.lse.address()), t.lse.size()},
+                         .kv_indptr = sparse_->kv_indptr_ws().live,
+                         .kv_indices = sparse_->kv_indices().live});
+  }
+  std::vector<BoundArray> BoundArrays() override {
+    const int32_t slots = shape_.num_pages() * shape_.page_size, groups = sparse_->config().groups;
+    const int32_t tokens = groups * shape_.max_requests() * SparseRowBound(sparse_->config());
+    return {{Kind::kLength, metadata_->lengths().live, shape_.max_length},
+            {Kind::kIndptr, metadata_->kv_indptr().live, shape_.max_step_pages()},
+            {Kind::kPageTable, metadata_->kv_indices().live, shape_.num_pages()},
+            {Kind::kIndptr, sparse_->kv_indptr().live, tokens},
+            {Kind::kIndptr, sparse_->kv_indptr_ws().live, tokens},
+            {Kind::kPageTable, sparse_->kv_indices().live, slots * groups},
+            {Kind::kPageTable, table_.live, (shape_.max_length - 1) / kBlock + 1}};
+  }
+  BufferManager& manager() { return *manager_; }
+
+ private:
+  explicit SparseWrapper(const AttentionShape& shape) : shape_(shape) {}
+  const AttentionShape shape_;
+  std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<StepMetadata> metadata_;
+  std::unique_ptr<SparsePageTable> sparse_;
+  Buffer<int32_t> table_;
+  std::unique_ptr<DecodePlan> plan_;
+  std::unique_ptr<PagedDecode> decode_;
+};
+
+template <class BackendT>
+class OurWrappersTest : public DeviceTest<BackendT> {
+ protected:
+  // The manager had nothing to report, either.
+  void ExpectClean(BufferManager& manager) {
+    ASSERT_OK_AND_ASSIGN(const std::vector<Violation> violations, manager.Verify(*this->stream_));
+    EXPECT_EQ(violations.size(), 0u) << violations[0].ToString();
+    EXPECT_EQ(manager.stats().neutralised, 0);
+  }
+  void ExpectConforms(const AttentionShape& shape, int32_t window = 0) {
+    ASSERT_OK_AND_ASSIGN(const auto wrapper, DecodeWrapper::Create(*this->device_, shape, window));
+    EXPECT_TRUE(Conforms(*this->stream_, *wrapper, shape));
+    ExpectClean(wrapper->manager());
+  }
+};
+TYPED_TEST_SUITE(OurWrappersTest, AllBackends, BackendNames);
+
+TYPED_TEST(OurWrappersTest, DenseDecodeConforms) {
+  this->ExpectConforms({});
+  this->ExpectConforms({.dtype = DType::kBFloat16, .q_heads = 4, .kv_heads = 1, .head_dim = 128, .buckets = {2, 5}});
+  this->ExpectConforms({.page_size = 1, .max_length = 30, .buckets = {1, 2}, .steps_in_flight = 3});
+}
+
+TYPED_TEST(OurWrappersTest, AppendThenDecodeConforms) {
+  this->ExpectConforms({.appends = true});
+  this->ExpectConforms({.dtype = DType::kBFloat16, .page_size = 3, .max_length = 25, .buckets = {4}, .appends = true});
+}
+
+TYPED_TEST(OurWrappersTest, WindowedDecodeConforms) {
+  const auto last_eleven = [](int32_t length, int32_t, int32_t position) { return position >= length - 11; };
+  this->ExpectConforms({.attended = last_eleven}, 11);
+  this->ExpectConforms({.dtype = DType::kBFloat16, .page_size = 1, .buckets = {3, 4}, .attended = last_eleven}, 11);
+}
+
+TYPED_TEST(OurWrappersTest, AWindowThatTheShapeDoesNotNameIsAWrongValue) {
+  const AttentionShape shape = {.buckets = {2}};
+  ASSERT_OK_AND_ASSIGN(const auto wrapper, DecodeWrapper::Create(*this->device_, shape, 11));
+  ASSERT_OK_AND_ASSIGN(const conformance::Report report, CheckAttention(*this->stream_, *wrapper, shape));
+  ASSERT_EQ(report.findings.size(), 1u) << report.ToString();
+  EXPECT_EQ(report.findings[0].kind, conformance::Finding::Kind::kWrongValue);
+}
+
+TYPED_TEST(OurWrappersTest, SparseDecodeConforms) {
+  for (const int32_t page_size : {1, 8}) {
+    const AttentionShape shape = {.page_size = page_size, .attended = SparseWrapper::Attended};
+    ASSERT_OK_AND_ASSIGN(const auto wrapper, SparseWrapper::Create(*this->device_, shape));
+    EXPECT_TRUE(Conforms(*this->stream_, *wrapper, shape));
+    this->ExpectClean(wrapper->manager());
+  }
+}
+
+}  // namespace
+}  // namespace pristine::testing
