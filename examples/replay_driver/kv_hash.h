@@ -41,12 +41,14 @@ PRISTINE_HOST_DEVICE constexpr float Element(uint64_t row_key, int32_t dim) {
   return static_cast<float>(static_cast<int32_t>(bits) - (1 << 23)) * (1.0f / (1 << 23));
 }
 
-// The nearest bfloat16 of a finite value, ties to even, as its 16 bits; and back.
+// The nearest bfloat16, ties to even, as its 16 bits; and back. NaN stays NaN: CUDA's own, 0x7fffffff, would round up
+// to -0.
 PRISTINE_HOST_DEVICE inline uint16_t ToBFloat16(float value) {
   union {
     float number;
     uint32_t bits;
   } u = {value};
+  if ((u.bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u.bits >> 16) | 0x40u);
   return static_cast<uint16_t>((u.bits + 0x7fffu + ((u.bits >> 16) & 1u)) >> 16);
 }
 PRISTINE_HOST_DEVICE inline float FromBFloat16(uint16_t bits) {

@@ -126,8 +126,10 @@ TYPED_TEST(BrokenWrapperTest, BlockingInRunIsRefused) {
 TYPED_TEST(BrokenWrapperTest, AFailedStreamEndsTheCheck) {
   const Report report = this->Check(Fault::kFails);
   this->ExpectOnly(Finding::Kind::kRefused, report);
-  EXPECT_EQ(report.findings.size(), 1u) << report.ToString();
-  EXPECT_LE(report.runs, 1);  // where the launch itself is not refused
+  // Once for each bucket where the launch is refused at the call (CUDA, or a worker that was quick), else once.
+  EXPECT_GE(report.findings.size(), 1u) << report.ToString();
+  EXPECT_LE(report.findings.size(), 3u) << report.ToString();
+  EXPECT_LE(report.runs, 1);
 }
 
 TYPED_TEST(BrokenWrapperTest, AnErrorForAStepOfPaddingOnlyIsRefused) {
