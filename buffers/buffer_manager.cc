@@ -39,6 +39,10 @@ absl::Status CheckOptions(const ManagerOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("ManagerOptions::late_refill_bytes is ", options.late_refill_bytes, "; at most ", kMaxLate));
   }
+  if (options.flight_records < 0 || options.flight_records > ManagerOptions::kMaxFlightRecords) {
+    return absl::InvalidArgumentError(absl::StrCat("ManagerOptions::flight_records is ", options.flight_records,
+                                                   "; it must be in [0, ", ManagerOptions::kMaxFlightRecords, "]"));
+  }
   return absl::OkStatus();
 }
 
@@ -63,6 +67,7 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
   auto impl = std::make_unique<Impl>(device, options);
   impl->graphs.reserve(buffers::kMaxGraphs);
   PRISTINE_ASSIGN_OR_RETURN(impl->reports, buffers::Reports::Create(device));
+  PRISTINE_ASSIGN_OR_RETURN(impl->flights, buffers::FlightLog::Create(device, options.flight_records));
   PRISTINE_ASSIGN_OR_RETURN(impl->replayed, device.CreateEvent());
 
   std::vector<std::byte> initial(sizeof(buffers::Control) + buffers::kMaxBuffers * sizeof(int64_t));
@@ -172,6 +177,7 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
   }
   if (refilled) {
     record.refilled = impl.refilled_buffers++;
+    if (spec.kind == Kind::kIndptr) impl.refilled_indptrs.push_back(id);
     state->values.resize(original.size());
     state->made_from.resize(spec.derived_from.size(), -1);
     impl.late_bytes += late;
@@ -319,6 +325,7 @@ buffers::PrologueParams BufferManager::Impl::Prologue(buffers::PrologueMode mode
   params.first_bad = first_bad;
   params.board = reports->device_board();
   params.ring = Ring(graph);
+  params.flights = flights.ring();
   return params;
 }
 

@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "buffers/arena.h"
+#include "buffers/flight_log.h"
 #include "buffers/kernels/prologue.h"
 #include "buffers/reports.h"
 #include "buffers/staging_ring.h"
@@ -157,6 +158,16 @@ class BufferManager::Impl {
   void TakeBackUnlaunchedStep();
   absl::Status Stage(buffers::BufferState& buffer, absl::Span<const std::byte> values, int64_t count);
   size_t Poll(absl::Span<Violation> out);
+  // Calls body(tail's place, buffer) for the buffers whose tails the flight recorder keeps in graphs of `bucket`.
+  template <class Body>
+  void ForEachTail(const Extent& bucket, Body body) const {
+    int place = 0;
+    for (const int id : refilled_indptrs) {
+      if (place == buffers::kFlightTails) return;
+      const buffers::BufferState& buffer = *buffers[static_cast<size_t>(id)];
+      if (buffers::UsedBy(buffer.spec, bucket)) body(place++, buffer);
+    }
+  }
   ReportRing Ring(int graph) const;
 
   // Copies constants, with `refilled_too` kRefilled buffers, and guard bands back. Blocks.
@@ -177,6 +188,7 @@ class BufferManager::Impl {
   std::atomic<bool> busy{false};
 
   std::unique_ptr<buffers::Reports> reports;
+  buffers::FlightLog flights;
   DeviceBuffer control_memory;  // Control, then first_bad[kMaxBuffers]
   buffers::Control* control = nullptr;
   int64_t* first_bad = nullptr;
@@ -187,7 +199,8 @@ class BufferManager::Impl {
   std::vector<std::unique_ptr<buffers::BufferState>> buffers;  // by id; those of one chunk follow each other
   int sealed_buffers = 0;
   int refilled_buffers = 0;
-  size_t late_bytes = 0;  // of kRefilled buffers registered after the first Seal
+  std::vector<int> refilled_indptrs;  // ids
+  size_t late_bytes = 0;              // of kRefilled buffers registered after the first Seal
   std::vector<std::unique_ptr<buffers::RegionWatcher>> protected_regions;
 
   std::unique_ptr<buffers::StagingRing> ring;  // from the first Seal on

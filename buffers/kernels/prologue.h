@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "buffers/kernels/flight.h"
 #include "pristine/buffers/report.h"
 #include "pristine/graph_runtime/extent.h"
 #include "pristine/graph_runtime/kernel.h"
@@ -55,9 +56,10 @@ struct SlotHeader {
   uint64_t sequence = 0;  // the step that armed it; 0: none yet
   Extent bucket;
   Extent extent;
-  uint32_t check = 0;   // compare constants and restored buffers with their originals
-  uint32_t values = 0;  // where the values begin, from the start of the header
-  uint32_t unused[8] = {};
+  uint32_t check = 0;                       // compare constants and restored buffers with their originals
+  uint32_t values = 0;                      // where the values begin, from the start of the header
+  int32_t indptr_tails[kFlightTails] = {};  // for the flight recorder
+  uint32_t unused[6] = {};
 };
 static_assert(sizeof(SlotHeader) == 64);
 struct SlotEntry {
@@ -70,6 +72,7 @@ struct Control {
   uint64_t consumed = 0;  // sequence of the last step that a graph took
   uint64_t current = 0;   // the step whose body runs; 0: a capture or warm-up
   uint64_t reports = 0;   // ReportRing::count
+  uint64_t flights = 0;   // entries in the flight recorder so far
   int32_t graph = -1;     // of the body that runs
   uint64_t ticket = 0;    // what the blocks that are done have found (prologue_cuda.cu)
   int64_t restored_bytes = 0;
@@ -117,7 +120,15 @@ struct PrologueParams {
   int64_t* first_bad = nullptr;  // by buffer id: first index that is wrong, or kNoIndex
   Board* board = nullptr;
   ReportRing ring;
+  FlightRing flights;
 };
+
+// `flawed`: something was reported. `violated`: a rule was broken, not only a constant healed.
+PRISTINE_FLIGHT_HD inline FlightStatus StatusOf(const PrologueParams& params, bool flawed, bool violated) {
+  if (!violated) return flawed ? FlightStatus::kHealed : FlightStatus::kClean;
+  if (params.trap) return FlightStatus::kTrapped;
+  return params.neutralise ? FlightStatus::kNeutralised : FlightStatus::kRecorded;
+}
 
 int PrologueHost(const PrologueParams& params);
 int PrologueCuda(CUstream_st* stream, const PrologueParams& params);

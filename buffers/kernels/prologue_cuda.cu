@@ -14,8 +14,8 @@ struct Step {
   uint64_t replay;           // as reports name it
   const SlotEntry* entries;  // null: nothing to place
   const std::byte* values;
+  const SlotHeader* header;  // of the newest step; null: nobody armed one
   int32_t requests, tokens;
-  int32_t other_requests, other_tokens;  // of the step's bucket, where it is not the graph's
   bool check;
   bool not_armed, armed_twice, wrong_bucket;
 };
@@ -55,10 +55,9 @@ __device__ Step TakeStep(const PrologueParams& p, const std::byte* image, const 
   step.not_armed = step.newest <= consumed;
   step.replay = step.not_armed ? consumed : step.newest;
   if (step.not_armed) return step;
+  step.header = reinterpret_cast<const SlotHeader*>(image);
   step.armed_twice = step.newest > consumed + 1;
   step.wrong_bucket = armed.bucket_requests != p.bucket.requests || armed.bucket_tokens != p.bucket.tokens;
-  step.other_requests = armed.bucket_requests;
-  step.other_tokens = armed.bucket_tokens;
   if (step.wrong_bucket) return step;
   step.requests = armed.requests;
   step.tokens = armed.tokens;
@@ -321,28 +320,45 @@ __device__ bool ReportBad(const PrologueParams& p, const Step& step, const Repor
   return true;
 }
 
-// Reports and heals; returns whether the step broke a rule. By all threads of the block.
-__device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportRing& ring, bool flawed) {
-  __shared__ bool violated;
+// What was wrong with a replay.
+struct Outcome {
+  bool violated;  // a rule was broken
+  int32_t first;  // Violation::Kind of the first rule that was, or else of the first constant healed; -1: none
+};
+
+// Reports and heals. By all threads of the block.
+__device__ Outcome Resolve(const PrologueParams& p, const Step& step, const ReportRing& ring, bool flawed) {
+  __shared__ Outcome outcome;
   __shared__ int64_t index;
   if (threadIdx.x == 0) {
-    violated = step.not_armed || step.armed_twice || step.wrong_bucket;
+    outcome = {step.not_armed || step.armed_twice || step.wrong_bucket, -1};
+    if (outcome.violated) {
+      outcome.first = KindOf(step.not_armed     ? Violation::Kind::kNotArmed
+                             : step.armed_twice ? Violation::Kind::kArmedTwice
+                                                : Violation::Kind::kWrongBucket);
+    }
     const int64_t next = static_cast<int64_t>(step.consumed + 1), newest = static_cast<int64_t>(step.newest);
     if (step.not_armed) Report(ring, KindOf(Violation::Kind::kNotArmed), -1, 0, next, newest);
     if (step.armed_twice) Report(ring, KindOf(Violation::Kind::kArmedTwice), -1, 0, next, newest);
     if (step.wrong_bucket) {
-      const bool tokens = step.other_requests == p.bucket.requests;
+      const Extent other = step.header->bucket;
+      const bool tokens = other.requests == p.bucket.requests;
       Report(ring, KindOf(Violation::Kind::kWrongBucket), -1, tokens ? 1 : 0,
-             tokens ? p.bucket.tokens : p.bucket.requests, tokens ? step.other_tokens : step.other_requests);
+             tokens ? p.bucket.tokens : p.bucket.requests, tokens ? other.tokens : other.requests);
     }
   }
   __syncthreads();
-  if (!flawed) return violated;
+  if (!flawed) return outcome;
   ForEachBuffer(p, [&](const BufferRecord& record) {
     if (threadIdx.x == 0) {
       index = static_cast<int64_t>(atomicExch(reinterpret_cast<unsigned long long*>(&p.first_bad[record.id]),
                                               static_cast<unsigned long long>(kNoIndex)));
-      if (index != kNoIndex && ReportBad(p, step, ring, record, index)) violated = true;
+      if (index != kNoIndex) {
+        const bool violates = ReportBad(p, step, ring, record, index);
+        const Violation::Kind kind = violates ? Violation::Kind::kInvariant : Violation::Kind::kPolluted;
+        if (outcome.first < 0 || (violates && !outcome.violated)) outcome.first = KindOf(kind);
+        outcome.violated = outcome.violated || violates;
+      }
     }
     __syncthreads();
     if (index != kNoIndex && static_cast<Role>(record.role) == Role::kConstant) {
@@ -350,7 +366,7 @@ __device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportR
     }
     __syncthreads();
   });
-  return violated;
+  return outcome;
 }
 
 __device__ void Neutralise(const PrologueParams& p) {
@@ -388,24 +404,54 @@ __device__ void Publish(const PrologueParams& p, const Step& step, Board totals,
 }
 
 // Something was wrong. By all threads of the last block.
-__device__ void Answer(const PrologueParams& p, const Step& step, bool flawed) {
+__device__ Outcome Answer(const PrologueParams& p, const Step& step, bool flawed) {
   __threadfence();  // what is reported, healed or made harmless was written by other blocks
   ReportRing ring = p.ring;
   ring.replay = &step.replay;
-  const bool violated = Resolve(p, step, ring, flawed);
-  if (violated && p.neutralise) {
+  const Outcome outcome = Resolve(p, step, ring, flawed);
+  if (outcome.violated && p.neutralise) {
     Neutralise(p);
     if (threadIdx.x == 0) ++p.control->neutralised;
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  volatile Board& board = *p.board;
-  board.healed = p.control->healed;
-  board.neutralised = p.control->neutralised;
-  if (violated && p.trap) {
-    __threadfence_system();
-    __trap();
+  if (threadIdx.x == 0) {
+    volatile Board& board = *p.board;
+    board.healed = p.control->healed;
+    board.neutralised = p.control->neutralised;
   }
+  return outcome;
+}
+
+// Which warp of the last block writes the flight recorder's entry, beside thread 0, which publishes.
+__device__ bool RecordsFlight(const PrologueParams& p) {
+  return threadIdx.x / 32 == 1 && p.mode == PrologueMode::kReplay && p.flights.entries != nullptr;
+}
+
+// By one warp, `before` being the entries so far: a lane for each word, so that the entry leaves in one transaction. No
+// fence, see FlightWords.
+__device__ void RecordFlight(const PrologueParams& p, const Step& step, uint64_t before, const Outcome& outcome) {
+  FlightEntry entry;
+  entry.sequence = before + 1;
+  entry.replay = step.replay;
+  entry.bucket = p.bucket;
+  entry.extent = {-1, -1};
+  if (step.header != nullptr) {
+    entry.extent = step.header->extent;
+    for (int i = 0; i < kFlightTails; ++i) entry.tails[i] = step.header->indptr_tails[i];
+  }
+  entry.graph = p.ring.graph;
+  entry.status = StatusOf(p, outcome.first >= 0, outcome.violated);
+  entry.violation = static_cast<int16_t>(outcome.first);
+  const FlightWords words = Seal(entry);
+  const int lane = threadIdx.x % 32;
+  uint64_t word = 0;
+#pragma unroll
+  for (int i = 0; i < kFlightWords; ++i) {
+    if (lane == i) word = words.word[i];
+  }
+  volatile uint64_t* const to = reinterpret_cast<volatile uint64_t*>(&p.flights.At(before));
+  if (lane < kFlightWords) to[lane] = word;
+  if (lane == 0) p.control->flights = before + 1;
 }
 
 __device__ void Run(const PrologueParams& p, const std::byte* carried) {
@@ -414,6 +460,7 @@ __device__ void Run(const PrologueParams& p, const std::byte* carried) {
   if (threadIdx.x == 0) {
     totals = {p.control->consumed, p.control->restored_bytes, p.control->expected_writes, 0, 0};
   }
+  const uint64_t flights = RecordsFlight(p) ? p.control->flights : 0;
   const Step step = FindStep(p, carried);
   const bool all = step.check || p.poison_scratch || p.mode != PrologueMode::kReplay;
 
@@ -444,7 +491,14 @@ __device__ void Run(const PrologueParams& p, const std::byte* carried) {
   if ((ticket & kTicketMask) != gridDim.x) return;
   const bool any_flawed = ((ticket >> kTicketBits) & kTicketMask) != 0;
   if (threadIdx.x == 0) Publish(p, step, totals, (ticket >> (2 * kTicketBits)) != 0);
-  if (any_flawed || step.not_armed || step.armed_twice || step.wrong_bucket) Answer(p, step, any_flawed);
+  Outcome outcome = {false, -1};
+  if (any_flawed || step.not_armed || step.armed_twice || step.wrong_bucket) outcome = Answer(p, step, any_flawed);
+  if (RecordsFlight(p)) RecordFlight(p, step, flights, outcome);
+  if (outcome.violated && p.trap) {
+    __threadfence_system();
+    __syncthreads();
+    __trap();
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) PrologueKernel(const __grid_constant__ PrologueParams p) {

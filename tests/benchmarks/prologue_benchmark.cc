@@ -368,6 +368,7 @@ absl::Status Run(const Options& options) {
     ManagerOptions::Check check;
     size_t parameter_bytes;
     Load load = {};
+    bool recorder = true;
   };
   using Check = ManagerOptions::Check;
   constexpr size_t kParameters = ManagerOptions::kMaxParameterBytes;
@@ -378,6 +379,7 @@ absl::Status Run(const Options& options) {
   };
   const Mode modes[] = {
       {"64 buffers, check off", Check::kOff, kParameters},
+      {"the same, no flight recorder", Check::kOff, kParameters, {}, false},
       {"64 buffers, check sampled", Check::kSampled, kParameters},
       {"64 buffers, check always", Check::kAlways, kParameters},
       {"64 buffers, sampled, slots", Check::kSampled, 0},
@@ -416,8 +418,12 @@ absl::Status Run(const Options& options) {
   bool first = true;
   int64_t allocated = 0;
   for (const Mode& mode : modes) {
-    PRISTINE_ASSIGN_OR_RETURN(
-        auto pair, Pair::Create(*device, {.check = mode.check, .parameter_bytes = mode.parameter_bytes}, mode.load));
+    PRISTINE_ASSIGN_OR_RETURN(auto pair,
+                              Pair::Create(*device,
+                                           {.check = mode.check,
+                                            .parameter_bytes = mode.parameter_bytes,
+                                            .flight_records = mode.recorder ? ManagerOptions{}.flight_records : 0},
+                                           mode.load));
     if (!mode.load.broken) {
       PRISTINE_RETURN_IF_ERROR(pair->CheckResults());
     }

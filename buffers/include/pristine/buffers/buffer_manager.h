@@ -21,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "pristine/buffers/buffer_spec.h"
+#include "pristine/buffers/flight_recorder.h"
 #include "pristine/buffers/report.h"
 #include "pristine/buffers/violation.h"
 #include "pristine/graph_runtime/device.h"
@@ -66,6 +67,10 @@ struct ManagerOptions {
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
   bool poison_scratch = false;
+  // How many replays the flight recorder remembers, rounded up to a power of two, 64 bytes of pinned memory each.
+  // 0: off, no memory. At most kMaxFlightRecords.
+  static constexpr int kMaxFlightRecords = 1 << 20;
+  int flight_records = 1024;
 };
 
 // A manager is one ordered sequence: used by one thread at a time, and its replays follow each other on one stream, or
@@ -165,6 +170,10 @@ class BufferManager final : public GraphHook {
   // Moves up to out.size() reports that have arrived since the last call to `out`; returns how many. Never blocks or
   // calls the driver; works after the device context has died.
   size_t Poll(absl::Span<Violation> out);
+  // The newest records of the flight recorder, up to out.size() of them, oldest first; returns how many. What a replay
+  // in flight is writing is left out. Never blocks, allocates or calls the driver; works after the device context has
+  // died.
+  size_t FlightRecords(absl::Span<FlightRecord> out) const;
   // Waits for `stream`, then compares constants with their originals, guard bands, and originals with what was sealed.
   // Does not heal. Includes reports not yet polled. Empty: clean.
   absl::StatusOr<std::vector<Violation>> Verify(Stream& stream);
