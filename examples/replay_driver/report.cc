@@ -77,6 +77,24 @@ std::string ListText(const std::vector<std::string>& entries) {
       "]");
 }
 
+// "" if nothing was served that way.
+std::string TimesText(const std::optional<ServeTimes>& times) {
+  if (!times.has_value() || times->replays == 0) return "";
+  const auto us = [&times](double ms) { return NumberText(1000 * ms / static_cast<double>(times->replays)); };
+  return absl::StrCat(NumberText(times->steps_per_second()), " steps/s; us per step: host ", us(times->host_ms()),
+                      ", waiting ", us(times->wait_ms), ", comparing ", us(times->compare_ms), "; in flight at most ",
+                      times->max_in_flight, ", ring full ", times->ring_full, " times");
+}
+
+std::string TimesJson(const std::optional<ServeTimes>& times) {
+  if (!times.has_value()) return "null";
+  return absl::StrCat("{\"replays\": ", times->replays,
+                      ", \"steps_per_second\": ", NumberText(times->steps_per_second()),
+                      ", \"host_ms\": ", NumberText(times->host_ms()), ", \"wait_ms\": ", NumberText(times->wait_ms),
+                      ", \"compare_ms\": ", NumberText(times->compare_ms),
+                      ", \"max_in_flight\": ", times->max_in_flight, ", \"ring_full\": ", times->ring_full, "}");
+}
+
 }  // namespace
 
 void RunReport::AddViolation(const Violation& violation) {
@@ -119,6 +137,13 @@ void PrintSummary(const RunReport& r, std::ostream& out) {
   line("bucket changes", absl::StrCat(r.bucket_changes));
   line("us per replay",
        absl::StrCat("p50 ", NumberText(us.p50), ", p99 ", NumberText(us.p99), ", max ", NumberText(us.max)));
+  const std::string without = TimesText(r.without_overlap), with = TimesText(r.with_overlap);
+  if (!without.empty()) line("without overlap", without);
+  if (!with.empty()) line("with overlap", with);
+  if (!without.empty() && !with.empty()) {
+    line("gain", absl::StrCat(NumberText(r.with_overlap->steps_per_second() / r.without_overlap->steps_per_second()),
+                              " times the steps per second"));
+  }
   line("restored bytes", absl::StrCat(r.restored_bytes));
   line("expected writes", absl::StrCat(r.expected_writes));
   line("pollutions", absl::StrCat(r.pollutions.total()));
@@ -173,6 +198,8 @@ void WriteJson(const RunReport& r, std::ostream& out) {
   field("us_per_replay", absl::StrCat("{\"p50\": ", NumberText(us.p50), ", \"p99\": ", NumberText(us.p99),
                                       ", \"max\": ", NumberText(us.max),
                                       ", \"host_emulation\": ", r.host_emulation ? "true" : "false", "}"));
+  field("overlap", absl::StrCat("{\"staging_slots\": ", r.staging_slots, ", \"off\": ", TimesJson(r.without_overlap),
+                                ", \"on\": ", TimesJson(r.with_overlap), "}"));
   field("capture_ms", NumberText(r.capture_ms));
   field("exit_code", absl::StrCat(static_cast<int>(r.exit_code)));
   field("exit_reason", Quoted(r.exit_reason));

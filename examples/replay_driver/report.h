@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <utility>
@@ -37,6 +38,18 @@ class CappedList {
   int64_t total_ = 0;
 };
 
+// Where the time of rounds served with, or without, overlap went.
+struct ServeTimes {
+  int64_t replays = 0;
+  double ms = 0;              // wall time
+  double wait_ms = 0;         // of it: blocked until the device had come far enough
+  double compare_ms = 0;      // of it: comparing with eager runs and the truth
+  int64_t max_in_flight = 0;  // steps launched and not yet seen to be done
+  int64_t ring_full = 0;      // steps that found every staging slot in flight
+  double host_ms() const { return ms - wait_ms - compare_ms; }
+  double steps_per_second() const { return ms > 0 ? 1000 * static_cast<double>(replays) / ms : 0; }
+};
+
 struct RunReport {
   std::vector<std::string> command_line;
   std::string device;
@@ -65,13 +78,15 @@ struct RunReport {
   int64_t truth_rows = 0;
   double max_rel_rms = 0;
   std::vector<double> us_per_replay;
+  int32_t staging_slots = 0;
+  std::optional<ServeTimes> without_overlap, with_overlap;  // none: nothing was served that way
   double capture_ms = 0;
   std::string exit_reason = "ok";
   ExitCode exit_code = ExitCode::kOk;
 
   void AddViolation(const Violation& violation);
   void FailAt(int64_t step) {
-    if (first_failure_step < 0) first_failure_step = step;
+    if (first_failure_step < 0 || step < first_failure_step) first_failure_step = step;
   }
   // Of what was counted: kViolation before kMismatch before kOk.
   ExitCode Outcome() const;
