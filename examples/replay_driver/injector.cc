@@ -163,7 +163,9 @@ absl::Status Injector::CountRefusal(int64_t step, const absl::Status& refused) {
     return absl::InternalError(absl::StrCat("--inject=", ToString(injection_), " in step ", step, " was not refused"));
   }
   report_.FailAt(step);
-  report_.invariant_violations.Add(absl::StrCat("refused in step ", step, ": ", std::string(refused.message())));
+  const std::string message(refused.message());
+  report_.invariant_violations.Add(absl::StrCat("refused in step ", step, ": ", message));
+  report_.log.AddViolation(step, "refused", message, nullptr);
   return absl::OkStatus();
 }
 

@@ -159,6 +159,10 @@ std::vector<OptionSpec> Specs() {
              &Options::inject, InjectionChoices()),
       {"seed", "N", "of the requests, of all K, V, Q and of the samples (1)", SetSeed},
       Text("report", "FILE.json", "write a report, whatever the outcome", &Options::report),
+      Text("html", "FILE.html", "write a page of the run: buckets, padding, latency, violations and their records",
+           &Options::html),
+      Text("flight-json", "FILE.json",
+           "write what the flight recorder holds of the last replays, also of a dead device", &Options::flight_json),
       {"quiet", "", "print errors only",
        [](const std::string&, Options& options) {
          options.quiet = true;

@@ -46,7 +46,8 @@ struct Options {
   int32_t staging_slots = ManagerOptions().staging_slots;
   Injection inject = Injection::kNone;
   uint64_t seed = 1;
-  std::string report;  // empty: none
+  // Files to write; empty: none.
+  std::string report, html, flight_json;
   bool quiet = false;
   bool help = false;
 

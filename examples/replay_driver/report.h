@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "examples/replay_driver/run_log.h"
 #include "pristine/buffers/violation.h"
 
 namespace pristine::replay_driver {
@@ -83,6 +84,8 @@ struct RunReport {
   double capture_ms = 0;
   std::string exit_reason = "ok";
   ExitCode exit_code = ExitCode::kOk;
+  RunLog log;               // for the page
+  std::string flight_json;  // what the flight recorder held at the end; "" if it never came to that
 
   void AddViolation(const Violation& violation);
   void FailAt(int64_t step) {
@@ -92,7 +95,14 @@ struct RunReport {
   ExitCode Outcome() const;
 };
 
-// One line per row of a table, the device first.
+struct Percentiles {
+  double p50 = 0, p99 = 0, max = 0;
+};
+// All are values that are there; 0 if none is.
+Percentiles PercentilesOf(std::vector<double> values);
+
+// Name and value of each row of the summary, the device first.
+std::vector<std::pair<std::string, std::string>> SummaryLines(const RunReport& report);
 void PrintSummary(const RunReport& report, std::ostream& out);
 void WriteJson(const RunReport& report, std::ostream& out);
 

@@ -329,7 +329,9 @@ absl::Status Session::RetireDone() {
 
 absl::Status Session::RetireOldest() {
   StepInFlight& done = steps_->oldest();
-  report_.us_per_replay.push_back(overlap_ ? MicrosecondsSince(done.launched) : done.us);
+  const double us = overlap_ ? MicrosecondsSince(done.launched) : done.us;
+  report_.us_per_replay.push_back(us);
+  report_.log.AddReplay({done.step, done.extent.requests, done.bucket.requests, static_cast<float>(us)});
   last_step_ = done.step;
   ++times_.replays;
   ++report_.replays;
@@ -384,12 +386,34 @@ void Session::AddReport(const Violation& violation, int64_t StepInFlight::*numbe
   StepInFlight* const of = steps_->FirstFrom(number, violation.replay);
   const int64_t step = of == nullptr ? this_step_ : of->step;
   report_.FailAt(step);
+  LogViolation(step, violation, number == &StepInFlight::shadow_replay);
   if (violation.kind != Violation::Kind::kPlanMismatch) return report_.AddViolation(violation);
   StepInFlight& disagreed = of == nullptr ? steps_->oldest() : *of;
   disagreed.disagreed = true;
   if (report_.first_plan_mismatch.empty()) {
     report_.first_plan_mismatch = absl::StrCat("step ", step, ": ", violation.ToString());
   }
+}
+
+void Session::LogViolation(int64_t step, const Violation& violation, bool shadow) {
+  std::optional<LoggedRecord> found;
+  if (report_.log.lists_next() && violation.replay > 0) {
+    const BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
+    records_.resize(ManagerOptions().flight_records);
+    for (size_t i = manager.FlightRecords(absl::MakeSpan(records_)); i > 0 && !found.has_value(); --i) {
+      if (records_[i - 1].replay == violation.replay) found.emplace(records_[i - 1], shadow);
+    }
+  }
+  report_.log.AddViolation(step, ToString(violation.kind), violation.ToString(), found.has_value() ? &*found : nullptr);
+}
+
+void Session::KeepFlightRecords() {
+  if (model_ == nullptr) return;
+  records_.resize(ManagerOptions().flight_records);
+  const size_t count = model_->manager().FlightRecords(absl::MakeSpan(records_));
+  const auto all = absl::MakeConstSpan(records_).first(count);
+  report_.flight_json = ToJson(all);
+  report_.log.SetLastRecords(all.last(std::min(count, RunLog::kLastRecords)));
 }
 
 absl::Status Session::Finish() {
@@ -403,11 +427,13 @@ absl::Status Session::Finish() {
     report_.replays_by_bucket.emplace_back(runner_->buckets()[i].requests, runner_->stats().replays_by_bucket[i]);
   }
   if (options_.check != ManagerOptions::Check::kOff) {
-    for (DecodeModel* model : {model_.get(), shadow_.get()}) {
-      PRISTINE_ASSIGN_OR_RETURN(const std::vector<Violation> violations, model->manager().Verify(*stream_));
+    for (const bool shadow : {false, true}) {
+      BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
+      PRISTINE_ASSIGN_OR_RETURN(const std::vector<Violation> violations, manager.Verify(*stream_));
       for (const Violation& violation : violations) {
         report_.FailAt(last_step_);
         report_.AddViolation(violation);
+        LogViolation(last_step_, violation, shadow);
       }
     }
   }

@@ -43,6 +43,8 @@ class Session {
   absl::Status Serve(absl::Span<const TraceRequest> trace);
   // After the last Serve: what only the whole run shows.
   absl::Status Finish();
+  // What the flight recorder holds, also after a failure of the device.
+  void KeepFlightRecords();
 
  private:
   absl::Status OpenDevice(const ModelConfig& config);
@@ -65,6 +67,7 @@ class Session {
   void CollectReports();
   // `number`: of which manager it is.
   void AddReport(const Violation& violation, int64_t StepInFlight::*number);
+  void LogViolation(int64_t step, const Violation& violation, bool shadow);
   // Calls `wait` and counts the time.
   absl::Status Wait(absl::FunctionRef<absl::Status()> wait);
   void ShowProgress();
@@ -90,6 +93,7 @@ class Session {
   bool overlap_ = false;                // of the present Serve
   ServeTimes times_;                    // of the present Serve
   std::vector<int32_t> live_indptr_;
+  std::vector<FlightRecord> records_;  // what was last read of a flight recorder
   Extent last_bucket_;
   int64_t first_step_ = 0;  // of the present Serve
   int64_t this_step_ = 0;   // the one that is prepared
