@@ -74,6 +74,8 @@ border-radius:8px;padding:9px 12px;font-size:12px;box-shadow:0 4px 18px #0003;ma
 #tip div span:first-child{color:var(--ink2)}
 #tip div span:last-child{font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto;margin:0 -20px;padding:0 20px}
+.scroll.tall{max-height:440px;overflow-y:auto}
+.tall thead th{position:sticky;top:0;background:var(--card);box-shadow:0 1px var(--edge)}
 table{border-collapse:collapse;width:100%;font-size:13px}
 th,td{padding:6px 10px;border-bottom:1px solid var(--edge);text-align:left;vertical-align:top}
 th:first-child,td:first-child{padding-left:0}
@@ -86,8 +88,10 @@ tfoot th,tfoot td{border-top:1px solid var(--axis);border-bottom:0;font-weight:6
 .numbers th:first-child{text-align:left}
 .numbers .share{min-width:130px}
 .numbers td.share i{float:left;height:8px;margin-top:6px;background:var(--real);border-radius:2px;min-width:1px}
-.numbers tfoot td.share i{visibility:hidden}
+.numbers tfoot td.share i{display:none}
 .records td{font-variant-numeric:tabular-nums;white-space:nowrap}
+.records td.tails{white-space:normal}
+.records td.tails span{display:inline-block;white-space:nowrap;margin-right:12px}
 .records td.message{white-space:normal;min-width:260px;overflow-wrap:anywhere}
 .records small{color:var(--muted)}
 .kinds{display:flex;flex-wrap:wrap;gap:6px;margin:0 0 12px}
@@ -110,7 +114,8 @@ dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 @media(max-width:560px){main{padding:18px 12px 40px}section{padding:14px}.tiles{padding:0;grid-template-columns:1fr 1fr}
 .tile{padding:11px 8px 10px 14px}.tile:nth-child(3n){border-right:1px solid var(--edge)}
 .tile:nth-child(2n){border-right:0}.tile:nth-child(n+3){border-top:1px solid var(--edge)}.tile b{font-size:20px}
-.scroll{margin:0 -14px;padding:0 14px}.violations li{grid-template-columns:1fr auto}
+.scroll{margin:0 -14px;padding:0 14px}.numbers .share{min-width:0}.numbers td.share i{display:none}
+.violations li{grid-template-columns:1fr auto}
 .violations .message{grid-column:1/-1;grid-row:2}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:7px}}
 @media print{.violations{max-height:none}section{break-inside:avoid-page}}
 )css";
@@ -189,11 +194,8 @@ function draw(plot) {
   });
 
   if (kind === 'violations') {
-    columns.forEach((c, i) => {
-      if (!c.violations) return;
-      const w = Math.max(x(i + 1) - x(i), 2);
-      el(svg, 'rect', {class: 'bad', x: x(i), y: top, width: w, height, rx: w > 5 ? 1.5 : 0});
-    });
+    runs(c => c.violations > 0, (from, to) => el(svg, 'rect', {class: 'bad', x: x(from), y: top,
+      width: Math.max(x(to + 1) - x(from), 2), height}));
     el(svg, 'line', {class: 'axis', x1: left, x2: left + inner, y1: base + .5, y2: base + .5});
     el(svg, 'rect', {class: 'hit', x: left, y: 0, width: inner, height: base, fill: 'transparent'});
   } else if (kind === 'buckets') {
@@ -220,17 +222,30 @@ function draw(plot) {
     area('pad', c => y(c.requests / c.replays), c => y(c.rows / c.replays));
     area('real', () => base, c => y(c.requests / c.replays));
   } else {
-    // A few slow replays must not flatten all others: the axis ends a little above what most columns need.
+    // A few slow replays must not flatten all others: with many a logarithmic axis, with few an end before them.
     const sorted = columns.filter(c => c.replays).map(c => c.p99).sort((a, b) => a - b);
-    const usual = sorted[Math.floor((sorted.length - 1) * .98)];
-    const ends = sorted[sorted.length - 1] > 1.6 * usual ? 1.15 * usual : 1.05 * sorted[sorted.length - 1];
-    const y = v => base - height * Math.min(v / (ends || 1), 1);
+    const slowest = sorted[sorted.length - 1], usual = sorted[Math.floor((sorted.length - 1) * .98)];
+    const fastest = Math.max(Math.min(...columns.filter(c => c.replays).map(c => c.p50)), 1e-3);
+    const log = usual > 10 * fastest;
+    const from = log ? fastest / 1.3 : 0;
+    const ends = log ? 1.3 * slowest : slowest > 1.6 * usual ? 1.15 * usual : 1.05 * slowest || 1;
+    const part = log ? v => Math.log(Math.max(v, from) / from) / Math.log(ends / from) : v => v / ends;
+    const y = v => base - height * Math.min(part(v), 1);
     const unit = ends >= 2000 ? 1000 : 1;
-    yAxis(ticks(0, ends / unit, 4, false), v => y(v * unit),
-      v => whole(+v.toPrecision(6)) + (unit > 1 ? ' ms' : ' \u00b5s'));
+    let marks = ticks(0, ends / unit, 4, false).map(v => v * unit);
+    if (log) {
+      marks = [];
+      for (let p = 10 ** Math.floor(Math.log10(from)); p <= ends; p *= 10) {
+        for (const f of ends / from > 3000 ? [1] : [1, 3]) if (f * p >= from && f * p <= ends) marks.push(f * p);
+      }
+    }
+    const name = v => whole(+v.toPrecision(6));
+    yAxis(marks, y, v => v === 0 ? '0' : log && v < 1000 || unit === 1 ? name(v) + ' \u00b5s' : name(v / 1000) + ' ms');
+    box.parentNode.querySelector('em').textContent = log ? 'logarithmic axis' : '';
     area('band', c => y(c.p50), c => y(c.p99));
     runs(c => c.replays > 0, (from, to) => el(svg, 'path', {class: 'line',
       d: `M${x(from).toFixed(1)},${y(columns[from].p50).toFixed(1)}` + stairs(from, to, c => y(c.p50))}));
+    box.parentNode.querySelector('.k-clip').parentNode.hidden = slowest <= ends;
     columns.forEach((c, i) => {
       if (c.p99 <= ends) return;
       const at = (x(i) + x(i + 1)) / 2;
@@ -276,7 +291,7 @@ function choose(i, plot) {
     for (let k = c.by.length - 2; k >= 0; k -= 2) by.push([data.buckets[c.by[k]], c.by[k + 1] / c.replays]);
     if (by.length === 1) line('Bucket', by[0][0]);
     else by.slice(0, 6).forEach(([name, share]) => line('Bucket ' + name, percent(share)));
-    line('Requests of rows', `${whole(c.requests)} of ${whole(c.rows)}`);
+    line('Rows in use', `${whole(c.requests)} of ${whole(c.rows)}`);
     line('Padding', percent(1 - c.requests / c.rows) +
       (c.least < c.most ? ` (${Math.round(100 * c.least)} to ${Math.round(100 * c.most)} %)` : ''));
     if (c.replays === 1) line('Latency', time(c.max));

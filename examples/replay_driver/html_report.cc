@@ -250,7 +250,7 @@ class Page {
                        "<span>few<i class=\"k-share\"></i>all</span>"));
     Chart("padding", "Padding <em>rows per replay, mean</em>",
           absl::StrCat(key("k-real", "requests"), key("k-pad", "padded rows")));
-    Chart("latency", "Latency of a replay",
+    Chart("latency", "Latency of a replay <em></em>",
           absl::StrCat(key("k-line", "median"), key("k-band", "up to p99"), key("k-clip", "p99 beyond the axis")));
     out_ << "</section>\n";
   }
@@ -344,16 +344,17 @@ class Page {
   static std::string TailsText(const LoggedRecord& record) {
     std::vector<std::string> tails;
     for (const auto& [buffer, value] : record.indptr_tails) {
-      tails.push_back(absl::StrCat(HtmlText(buffer, 60), "\u00a0=\u00a0", value));
+      tails.push_back(absl::StrCat("<span>", HtmlText(buffer, 60), " = ", value, "</span>"));
     }
-    return tails.empty() ? "\u2013" : absl::StrJoin(tails, ", ");
+    return tails.empty() ? "\u2013" : absl::StrJoin(tails, " ");
   }
 
   void Records() {
-    out_ << "<section id=\"records\"><h2>Flight records</h2>\n<p class=\"note\">What the prologue wrote to pinned host "
-            "memory, readable after the device context has died. Key: graph, requests \u00d7 tokens of its bucket. "
-            "Indptr tail: the last real value that the step gave. Status: of the prologue; what kernels of the body "
-            "report is in the list above only.</p>\n";
+    out_
+        << "<section id=\"records\"><h2>Flight records</h2>\n<p class=\"note\">What the prologue wrote to pinned host "
+           "memory, readable after the device context has died. Key: the graph and its bucket, requests \u00d7 tokens. "
+           "Extent, tokens: the real requests and tokens of the step. Indptr tail: the last real value that the step "
+           "gave. Status: of the prologue; what kernels of the body report is in the list above only.</p>\n";
     if (!log_.violations().empty()) {
       out_ << "<h3>Of the violations</h3>\n";
       RecordTable(log_.records(), true);
@@ -380,7 +381,7 @@ class Page {
       if (const int record = log_.violations()[i].record; record >= 0)
         violations[static_cast<size_t>(record)].push_back(i);
     }
-    out_ << "<div class=\"scroll\"><table class=\"records\"><thead><tr><th>Record</th><th>Replay</th><th>Key</th>"
+    out_ << "<div class=\"scroll tall\"><table class=\"records\"><thead><tr><th>Record</th><th>Replay</th><th>Key</th>"
             "<th>Extent</th><th>Tokens</th><th>Indptr tail</th><th>Status</th>"
          << (targets ? "<th>Message</th>" : "") << "</tr></thead>\n<tbody>\n";
     for (size_t i = 0; i < records.size(); ++i) {
@@ -388,8 +389,8 @@ class Page {
       out_ << "<tr" << (targets ? absl::StrCat(" id=\"", RecordId(record), "\"") : "") << "><th>"
            << (record.shadow ? "s" : "") << record.sequence << "</th><td>" << record.replay
            << (record.shadow ? " <small>eager</small>" : "") << "</td><td>" << KeyText(record) << "</td><td>"
-           << ExtentText(record) << "</td><td>" << TokensText(record) << "</td><td>" << TailsText(record) << "</td><td>"
-           << StatusBadge(record) << "</td>";
+           << ExtentText(record) << "</td><td>" << TokensText(record) << "</td><td class=\"tails\">"
+           << TailsText(record) << "</td><td>" << StatusBadge(record) << "</td>";
       if (targets) {
         const std::vector<size_t>& of = violations[i];
         out_ << "<td class=\"message\">" << HtmlText(log_.violations()[of.front()].message, kMessage) << " <a href=\"#v"
