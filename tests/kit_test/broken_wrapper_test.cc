@@ -116,6 +116,13 @@ TYPED_TEST(BrokenWrapperTest, AnotherKernelInCapturesIsFoundInTheFirstLaunch) {
   EXPECT_FALSE(report.Has(Finding::Kind::kReadsPadding)) << report.ToString();
 }
 
+TYPED_TEST(BrokenWrapperTest, AKernelOnAStreamThatIsNotCapturedIsFoundInTheFirstLaunch) {
+  const Report report = this->Check(Fault::kLeavesCapture);
+  EXPECT_TRUE(report.Has(Finding::Kind::kCapturedDiffers)) << report.ToString();
+  EXPECT_FALSE(report.Has(Finding::Kind::kNotRepeatable)) << report.ToString();
+  EXPECT_FALSE(report.Has(Finding::Kind::kRefused)) << report.ToString();
+}
+
 TYPED_TEST(BrokenWrapperTest, BlockingInRunIsRefused) {
   const Report report = this->Check(Fault::kBlocks);
   this->ExpectOnly(Finding::Kind::kRefused, report);

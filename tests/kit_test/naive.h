@@ -31,6 +31,7 @@ enum class Fault : int32_t {
   kMissesLastRow,  // bucket - 1 rows
   kFreezesRows,    // the rows of the step that was prepared last, baked into the graph
   kCapturesOther,  // another kernel, which sums in another order, in captures
+  kLeavesCapture,  // in captures, launches on a stream that is not captured
   kFails,          // a kernel that fails the stream
   kBlocks,         // synchronizes
   // In Prepare.
