@@ -36,6 +36,7 @@ enum class Fault : int32_t {
   kBlocks,         // synchronizes
   // In Prepare.
   kLeavesSlotTail,  // pads nothing
+  kNewArrays,       // other arrays in each step, as from an allocator: a graph keeps those of its capture
   kSkipsSameRows,   // uploads only if the number of requests changed
   kOneStagingSlot,  // overwrites what an earlier step's copy has not read yet
   kRefusesNoRequests,
