@@ -127,6 +127,7 @@ absl::Status Session::SetUp() {
   manager.restore = options_.restore;
   manager.staging_slots = options_.staging_slots;
   report_.staging_slots = options_.staging_slots;
+  if (options_.inject == Injection::kReusedSlot) manager.parameter_bytes = 0;  // no step does without a slot
   PRISTINE_ASSIGN_OR_RETURN(model_, DecodeModel::Create(*device_, config, *pool_, manager));
   PRISTINE_ASSIGN_OR_RETURN(shadow_, DecodeModel::Create(*device_, config, *pool_, manager));
   if (options_.check != ManagerOptions::Check::kOff) {

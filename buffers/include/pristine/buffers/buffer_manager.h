@@ -64,7 +64,11 @@ struct ManagerOptions {
   // launch, through a staging slot. 0: always a slot.
   static constexpr size_t kMaxParameterBytes = 8192;
   size_t parameter_bytes = kMaxParameterBytes;
-  int staging_slots = 4;  // steps that may wait in slots; 2 to 64
+  // Depth of the overlap, 2 to 64: so many steps may wait in slots, which are used in turn. One waits from its launch
+  // until the device has come to it and taken its values, so while a replay runs as many more fit behind it. A step in
+  // parameters passes its slot over, on either backend: how many of those are in flight is for the engine to bound,
+  // where it waits for their results.
+  int staging_slots = 4;
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
   bool poison_scratch = false;
@@ -120,8 +124,10 @@ class BufferManager final : public GraphHook {
 
   // --- each step ---
 
-  // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. RESOURCE_EXHAUSTED:
-  // every staging slot is in flight (see WaitForSlot). OUT_OF_RANGE: `extent` does not fit in `bucket`.
+  // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. Earlier steps may
+  // still run: what is refilled and planned for this one reaches none of them. OUT_OF_RANGE: `extent` does not fit in
+  // `bucket`. RESOURCE_EXHAUSTED, at once: the slot that the step's values may need is in flight, because the device has
+  // not come to the earlier step that holds it. See WaitForSlot.
   absl::Status BeginStep(const Extent& bucket, const Extent& extent);
   // Takes the real values for the open step; `values` may be reused on return. Bumps the buffer's generation.
   // FAILED_PRECONDITION: no open step. INVALID_ARGUMENT: not kRefilled; values.size() is not the axis's count for the
@@ -136,7 +142,8 @@ class BufferManager final : public GraphHook {
   absl::Status Keep(const Buffer<T>& buffer) {
     return KeepBytes(buffer.id);
   }
-  // Blocks until BeginStep would find a slot. The only call of a step that blocks.
+  // Blocks until BeginStep would find a slot, not longer. The only call of a step that blocks. An open step stays open.
+  // The error of a stream that has failed.
   absl::Status WaitForSlot();
 
   // How often the buffer was refilled or kept. -1: no such buffer.
