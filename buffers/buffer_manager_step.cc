@@ -11,7 +11,6 @@
 namespace pristine {
 
 using buffers::BufferState;
-using buffers::Chunk;
 using buffers::GraphEntry;
 using buffers::PrologueMode;
 
@@ -166,10 +165,9 @@ absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Exten
                      step, " is for bucket ", step_bucket.ToString(), " with extent ", step_extent.ToString()));
   }
   for (int c = 0; c < entry.chunks; ++c) {
-    const Chunk& chunk = chunks[static_cast<size_t>(c)];
-    for (int i = 0; i < chunk.table.count; ++i) {
-      const BufferState& buffer = *buffers[static_cast<size_t>(chunk.first + i)];
-      if (buffer.spec.role != Role::kRefilled || !buffers::UsedBy(buffer.spec, bucket)) continue;
+    for (const BufferState* const refilled : chunks[static_cast<size_t>(c)].refilled) {
+      const BufferState& buffer = *refilled;
+      if (!buffers::UsedBy(buffer.spec, bucket)) continue;
       if (buffer.step != step) {
         return absl::FailedPreconditionError(absl::StrCat("buffer ", buffer.spec.name, " was last refilled in step ",
                                                           buffer.step, " (generation ", buffer.generation,
@@ -188,9 +186,14 @@ absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Exten
   return absl::OkStatus();
 }
 
-template <int kBytes>
-absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec) {
-  auto& params = std::get<buffers::InlinePrologueParams<kBytes>>(inline_params);
+template <int kPlace>
+absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::SlotHeader& header, size_t need,
+                                            GraphExec& exec) {
+  constexpr int kBytes = buffers::kInlineBytes[kPlace];
+  if constexpr (kPlace + 1 < buffers::kInlineSizes) {
+    if (need > kBytes) return SetInline<kPlace + 1>(entry, header, need, exec);
+  }
+  auto& params = std::get<kPlace>(inline_params.all);
   params.base = *entry.params;
   ring->Pack(header, refilled_buffers, params.step);
   entry.carries = true;  // also if it fails: what the node holds is unknown then
@@ -204,13 +207,9 @@ absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, con
     entry.exec = exec;
     entry.carries = true;
   }
-  if (ring->value_bytes() <= options.parameter_bytes) {
-    constexpr auto& kBytes = buffers::kInlineBytes;
-    const size_t need = ring->PackedBytes(refilled_buffers);
-    if (need <= kBytes[0]) return SetInline<kBytes[0]>(entry, header, *exec);
-    if (need <= kBytes[1]) return SetInline<kBytes[1]>(entry, header, *exec);
-    if (need <= kBytes[2]) return SetInline<kBytes[2]>(entry, header, *exec);
-    if (need <= kBytes[3]) return SetInline<kBytes[3]>(entry, header, *exec);
+  const size_t need = ring->PackedBytes(refilled_buffers);
+  if (ring->value_bytes() <= options.parameter_bytes && need <= buffers::kInlineBytes[buffers::kInlineSizes - 1]) {
+    return SetInline(entry, header, need, *exec);
   }
   if (entry.carries) {
     PRISTINE_RETURN_IF_ERROR(exec->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
@@ -221,9 +220,6 @@ absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, con
 
 absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec) {
   GraphEntry& entry = graphs[static_cast<size_t>(graph)];
-  if (stream.capturing()) {
-    return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
-  }
   PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
   PRISTINE_RETURN_IF_ERROR(CheckStep(entry, entry.bucket, extent));
   buffers::SlotHeader header;
@@ -246,6 +242,7 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
 absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
   if (!call.entered()) return SecondThread();
+  if (stream.capturing()) return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf("", bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   // Nothing recorded: it arms an eager RecordPrologue, which covers all.
@@ -281,7 +278,7 @@ absl::Status BufferManager::Impl::TryInline(const GraphEntry& entry, GraphExec& 
     return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
   };
   absl::Status status;
-  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params);
+  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params.all);
   status.Update(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
   return status;
 }

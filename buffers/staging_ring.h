@@ -24,6 +24,9 @@ class StagingRing {
   static absl::StatusOr<std::unique_ptr<StagingRing>> Create(Device& device, int slots, int entries,
                                                              size_t value_bytes);
 
+  // From the next Open on, the entry of `record` carries its rule.
+  void Describe(const BufferRecord& record);
+
   // Empties the slot of step `sequence`. RESOURCE_EXHAUSTED: the copy out of it has not run yet.
   absl::Status Open(uint64_t sequence);
   // Blocks until Open(sequence) would find its slot.
@@ -35,7 +38,7 @@ class StagingRing {
   void WaitAll();
   // What Pack writes, with a table of `entries` places.
   size_t PackedBytes(int entries) const {
-    return sizeof(SlotHeader) + static_cast<size_t>(entries) * sizeof(SlotEntry) + value_bytes();
+    return kSlotTable + static_cast<size_t>(entries) * sizeof(SlotEntry) + value_bytes();
   }
   // Of the open slot's values.
   size_t value_bytes() const { return used_ - head_; }
@@ -47,7 +50,7 @@ class StagingRing {
   const std::byte* device_slots() const { return device_.As<std::byte>().address(); }
   int64_t stride() const { return static_cast<int64_t>(stride_); }
   uint32_t slots() const { return static_cast<uint32_t>(copied_.size()); }
-  int entries() const { return entries_; }
+  int entries() const { return static_cast<int>(blank_.size()); }
 
   // What `bytes` of values occupy.
   static size_t Footprint(size_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -62,11 +65,11 @@ class StagingRing {
 
   PinnedBuffer pinned_;
   DeviceBuffer device_;
-  std::vector<Copied> copied_;  // per slot
-  std::vector<size_t> room_;    // per entry: bytes it occupies in the open slot
+  std::vector<Copied> copied_;    // per slot
+  std::vector<size_t> room_;      // per entry: bytes it occupies in the open slot
+  std::vector<SlotEntry> blank_;  // the table of a slot just opened: no values, but each entry's rule
   size_t stride_ = 0;
-  size_t head_ = 0;  // header and table
-  int entries_ = 0;
+  size_t head_ = 0;        // header and table
   uint64_t sequence_ = 0;  // of the open slot
   std::byte* slot_ = nullptr;
   size_t used_ = 0;

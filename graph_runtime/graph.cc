@@ -102,12 +102,14 @@ std::string Graph::ToDot(const std::string& title) const {
   return out + "}\n";
 }
 
-absl::Status GraphExec::Launch(Stream& stream) {
+absl::Status GraphExec::Launch(Stream& stream) { return Launch(stream, stream.capturing()); }
+
+absl::Status GraphExec::Launch(Stream& stream, bool capturing) {
   if (&stream.device() != &device_) {
     return absl::InvalidArgumentError(absl::StrCat("GraphExec::Launch: the stream belongs to ", stream.device().name(),
                                                    ", another device than the graph's, ", device_.name()));
   }
-  if (stream.capturing()) return absl::FailedPreconditionError("GraphExec::Launch: the stream is capturing");
+  if (capturing) return absl::FailedPreconditionError("GraphExec::Launch: the stream is capturing");
   return DoLaunch(stream);
 }
 

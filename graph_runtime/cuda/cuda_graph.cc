@@ -229,15 +229,30 @@ absl::Status CudaGraphExec::DoSetKernelParams(int node, const KernelCall& call) 
   }
   const CurrentContext current(device_.driver(), device_.context());
   const RelaxedCaptureMode relaxed(device_.capturing_streams() > 0);
+  PRISTINE_ASSIGN_OR_RETURN(const CUfunction function, Function(call.cuda.function));
   void* arguments[] = {const_cast<void*>(call.params)};
-  cudaKernelNodeParams params = {};
-  params.func = const_cast<void*>(call.cuda.function);
-  params.gridDim = dim3(call.cuda.grid);
-  params.blockDim = dim3(call.cuda.block);
+  CUDA_KERNEL_NODE_PARAMS params = {};
+  params.func = function;
+  params.gridDimX = call.cuda.grid;
+  params.gridDimY = params.gridDimZ = 1;
+  params.blockDimX = call.cuda.block;
+  params.blockDimY = params.blockDimZ = 1;
   params.sharedMemBytes = static_cast<unsigned>(call.cuda.shared_bytes);
   params.kernelParams = arguments;
-  return CudaStatus(cudaGraphExecKernelNodeSetParams(exec_, static_cast<cudaGraphNode_t>(nodes_[node].native), &params),
-                    "cudaGraphExecKernelNodeSetParams");
+  const auto native = static_cast<CUgraphNode>(nodes_[static_cast<size_t>(node)].native);
+  return device_.driver().ToStatus(device_.driver().exec_kernel_node_set_params(exec_, native, &params),
+                                   "cuGraphExecKernelNodeSetParams");
+}
+
+// Remembered: the runtime looks a kernel up by its address at each call.
+absl::StatusOr<CUfunction> CudaGraphExec::Function(const void* symbol) {
+  for (const auto& [known, function] : functions_) {
+    if (known == symbol) return function;
+  }
+  cudaFunction_t function = nullptr;
+  PRISTINE_RETURN_IF_ERROR(CudaStatus(cudaGetFuncBySymbol(&function, symbol), "cudaGetFuncBySymbol"));
+  functions_.emplace_back(symbol, function);
+  return function;
 }
 
 }  // namespace pristine

@@ -2,9 +2,11 @@
 #ifndef PRISTINE_GRAPH_RUNTIME_CUDA_CUDA_GRAPH_H_
 #define PRISTINE_GRAPH_RUNTIME_CUDA_CUDA_GRAPH_H_
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -56,10 +58,12 @@ class CudaGraphExec final : public GraphExec {
  private:
   absl::Status DoLaunch(Stream& stream) override;
   absl::Status DoSetKernelParams(int node, const KernelCall& call) override;
+  absl::StatusOr<CUfunction> Function(const void* symbol);
 
   CudaDevice& device_;
   const std::shared_ptr<const NativeGraph> graph_;
   const std::vector<GraphNode> nodes_;
+  std::vector<std::pair<const void*, CUfunction>> functions_;  // of the kernels that SetKernelParams was given
   const cudaGraphExec_t exec_;
   const cudaEvent_t done_;                   // recorded only when an exec is destroyed, so that a launch pays nothing
   std::weak_ptr<NativeStream> launched_on_;  // of the last launch; earlier launches end before it

@@ -106,6 +106,8 @@ class GraphExec {
   static absl::Status CheckCall(int node, const std::vector<GraphNode>& nodes, const KernelCall& call);
 
  private:
+  friend class GraphRunner;  // which has asked already whether the stream is capturing
+  absl::Status Launch(Stream& stream, bool capturing);
   virtual absl::Status DoLaunch(Stream& stream) = 0;
   virtual absl::Status DoSetKernelParams(int node, const KernelCall& call) = 0;
   const Device& device_;
