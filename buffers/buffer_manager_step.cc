@@ -195,27 +195,25 @@ absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::Sl
   }
   auto& params = std::get<kPlace>(inline_params.all);
   params.base = *entry.params;
-  ring->Pack(header, refilled_buffers, params.step);
+  if (header.slot < 0) {
+    ring->Pack(header, refilled_buffers, params.step);
+  } else {
+    std::memcpy(params.step, &header, sizeof(header));
+  }
   entry.carries = true;  // also if it fails: what the node holds is unknown then
   return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
 }
 
-absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, const buffers::SlotHeader& header,
+// Sets all the parameters at each step: whatever an update of the exec has made of them since does not matter.
+absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, buffers::SlotHeader header,
                                           GraphExec* exec) {
   if (exec == nullptr || entry.node < 0) return ring->Send(stream, header);
-  if (entry.exec != exec) {  // of another runner with the same name
-    entry.exec = exec;
-    entry.carries = true;
-  }
   const size_t need = ring->PackedBytes(refilled_buffers);
   if (ring->value_bytes() <= options.parameter_bytes && need <= buffers::kInlineBytes[buffers::kInlineSizes - 1]) {
     return SetInline(entry, header, need, *exec);
   }
-  if (entry.carries) {
-    PRISTINE_RETURN_IF_ERROR(exec->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
-    entry.carries = false;
-  }
-  return ring->Send(stream, header);
+  PRISTINE_RETURN_IF_ERROR(ring->SendAhead(stream, reports->ReadBoard().consumed, header));
+  return SetInline(entry, header, sizeof(header), *exec);
 }
 
 absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec) {
@@ -247,7 +245,57 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, c
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   // Nothing recorded: it arms an eager RecordPrologue, which covers all.
   if (entry.chunks == 0) entry.chunks = static_cast<int>(impl_->chunks.size());
-  return impl_->Arm(stream, graph, extent, nullptr);
+  return impl_->Arm(stream, graph, extent, entry.attached.get());
+}
+
+absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* exec) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  Impl& impl = *impl_;
+  PRISTINE_ASSIGN_OR_RETURN(const int id, impl.EntryOf("", bucket));
+  GraphEntry& entry = impl.graphs[static_cast<size_t>(id)];
+  if (entry.attached != nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("AttachExec: bucket ", bucket.ToString(), " has an exec attached; DetachExec comes first"));
+  }
+  if (entry.recording == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("AttachExec: no capture recorded the prologue of bucket ", bucket.ToString()));
+  }
+  PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<GraphExec> adopted, impl.device.AdoptExec(graph, exec));
+  PRISTINE_ASSIGN_OR_RETURN(entry.node, adopted->FindKernel(buffers::kPrologue, *entry.recording));
+  entry.params = std::make_unique<buffers::PrologueParams>(*entry.recording);
+  if (impl.options.parameter_bytes > 0) {
+    if (absl::Status tried = impl.TryInline(entry, *adopted); !tried.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue: ",
+                       std::string(tried.message().data(), tried.message().size())));
+    }
+  } else {
+    entry.node = -1;
+  }
+  entry.carries = false;
+  entry.exec = adopted.get();
+  entry.attached = std::move(adopted);
+  return absl::OkStatus();
+}
+
+absl::Status BufferManager::DetachExec(const Extent& bucket) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  PRISTINE_ASSIGN_OR_RETURN(const int id, impl_->EntryOf("", bucket));
+  GraphEntry& entry = impl_->graphs[static_cast<size_t>(id)];
+  if (entry.attached == nullptr) {
+    return absl::NotFoundError(absl::StrCat("DetachExec: bucket ", bucket.ToString(), " has no exec attached"));
+  }
+  if (entry.carries) {
+    PRISTINE_RETURN_IF_ERROR(entry.attached->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+  }
+  entry.carries = false;
+  entry.exec = nullptr;
+  entry.node = -1;
+  entry.attached = nullptr;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::Impl::LaunchPrologue(Stream& stream, int graph) {
@@ -305,8 +353,14 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
   impl.current_graph = "";
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf("", bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
+  if (entry.attached != nullptr) {
+    return absl::FailedPreconditionError(absl::StrCat("prologue of bucket ", bucket.ToString(),
+                                                      ": its steps go to the exec that is attached; DetachExec first"));
+  }
   if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
-  return impl.LaunchPrologue(stream, graph);
+  PRISTINE_RETURN_IF_ERROR(impl.LaunchPrologue(stream, graph));
+  if (capturing) entry.recording = std::make_unique<buffers::PrologueParams>(impl.ReplayPrologue(entry, graph));
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {

@@ -79,12 +79,13 @@ struct GraphEntry {
   int64_t order = 0;      // of its last run among all runs; 0: none
   int64_t replay = 0;     // the step of that run; 0: a capture or warm-up
 
-  // Of a GraphRunner's graph, whose prologue node may be given other parameters.
+  // Of a graph whose prologue node may be given other parameters: a GraphRunner's, or an engine's that is attached.
   std::unique_ptr<PrologueParams> params;     // as captured
   std::unique_ptr<PrologueParams> recording;  // of the capture that has not ended; null: not at its head
   const GraphExec* exec = nullptr;
-  int node = -1;         // in `exec`; -1: its steps come through the ring
-  bool carries = false;  // the node's parameters hold a step, and must be put back before a step comes through the ring
+  std::unique_ptr<GraphExec> attached;  // null: not attached
+  int node = -1;                        // in `exec`; -1: its steps come through the ring
+  bool carries = false;                 // the node's parameters hold a step
 };
 
 // One of each size.
@@ -162,7 +163,7 @@ class BufferManager::Impl {
   // `exec`: of the GraphRunner that launches next; null: an engine does.
   absl::Status Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec);
   // Hands the step to the prologue, in its parameters if it is small, through the ring otherwise.
-  absl::Status Deliver(Stream& stream, buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec* exec);
+  absl::Status Deliver(Stream& stream, buffers::GraphEntry& entry, buffers::SlotHeader header, GraphExec* exec);
   // In the smallest size that holds `need` bytes; one does.
   template <int kPlace = 0>
   absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, size_t need, GraphExec& exec);

@@ -23,9 +23,9 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
     ring->copied_.push_back({std::move(event), false});
   }
   // A device slot that was never sent must not look armed.
-  PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
-  PRISTINE_RETURN_IF_ERROR(stream->Fill(ring->device_.As<std::byte>(), std::byte{0}));
-  PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
+  PRISTINE_ASSIGN_OR_RETURN(ring->copies_, device.CreateStream());
+  PRISTINE_RETURN_IF_ERROR(ring->copies_->Fill(ring->device_.As<std::byte>(), std::byte{0}));
+  PRISTINE_RETURN_IF_ERROR(ring->copies_->Synchronize());
   return ring;
 }
 
@@ -102,14 +102,27 @@ void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {
   std::memcpy(to + header.values, slot_ + head_, value_bytes());
 }
 
-absl::Status StagingRing::Send(Stream& stream, SlotHeader header) {
+absl::Status StagingRing::Send(Stream& stream, const SlotHeader& header) { return Copy(stream, header); }
+
+absl::Status StagingRing::SendAhead(Stream& stream, uint64_t begun, SlotHeader& header) {
+  const bool beside = begun + slots() > sequence_;
+  SlotHeader none;  // a prologue that looks for the newest slot, of a step that is queued already, must not take it
+  PRISTINE_RETURN_IF_ERROR(Copy(beside ? *copies_ : stream, none));
+  header.entries = static_cast<uint32_t>(blank_.size());
+  header.values = static_cast<uint32_t>(head_);
+  header.slot = static_cast<int32_t>(sequence_ % slots());
+  return beside ? stream.Wait(*CopiedOf(sequence_).event) : absl::OkStatus();
+}
+
+absl::Status StagingRing::Copy(Stream& stream, SlotHeader header) {
   header.entries = static_cast<uint32_t>(blank_.size());
   header.values = static_cast<uint32_t>(head_);
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(device_.As<std::byte>().Sub(start, used_), {slot_, used_}));
-  CopiedOf(sequence_).pending = true;
-  return stream.Record(*CopiedOf(sequence_).event);
+  Copied& copied = CopiedOf(sequence_);
+  copied.pending = true;
+  return stream.Record(*copied.event);
 }
 
 }  // namespace pristine::buffers

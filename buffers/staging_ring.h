@@ -44,8 +44,13 @@ class StagingRing {
   size_t value_bytes() const { return used_ - head_; }
   // Copies the open slot to `to`, the rest of its table left out.
   void Pack(SlotHeader header, int entries, std::byte* to) const;
-  // Queues the copy of the open slot to the device; the pinned slot is busy until it has run.
-  absl::Status Send(Stream& stream, SlotHeader header);
+  // Queues the copy of the open slot to the device; the pinned slot is busy until it has run. The next prologue that
+  // takes its step from a slot takes this one.
+  absl::Status Send(Stream& stream, const SlotHeader& header);
+  // The same for a prologue on `stream` whose parameters hold the header; `header` comes back as it is to be there.
+  // `begun`: the last step whose prologue has begun. If that is younger than the step that had the slot before, nothing
+  // reads the slot any more, and the copy runs beside what `stream` does until then.
+  absl::Status SendAhead(Stream& stream, uint64_t begun, SlotHeader& header);
 
   const std::byte* device_slots() const { return device_.As<std::byte>().address(); }
   int64_t stride() const { return static_cast<int64_t>(stride_); }
@@ -57,6 +62,7 @@ class StagingRing {
 
  private:
   StagingRing() = default;
+  absl::Status Copy(Stream& stream, SlotHeader header);
   struct Copied {
     std::unique_ptr<Event> event;  // the last copy out of the slot
     bool pending = false;          // it may not have run yet
@@ -65,6 +71,7 @@ class StagingRing {
 
   PinnedBuffer pinned_;
   DeviceBuffer device_;
+  std::unique_ptr<Stream> copies_;
   std::vector<Copied> copied_;    // per slot
   std::vector<size_t> room_;      // per entry: bytes it occupies in the open slot
   std::vector<SlotEntry> blank_;  // the table of a slot just opened: no values, but each entry's rule

@@ -127,6 +127,20 @@ absl::Status GraphExec::CheckCall(int node, const std::vector<GraphNode>& nodes,
   return absl::OkStatus();
 }
 
+absl::StatusOr<int> GraphExec::FindNamed(const std::vector<GraphNode>& nodes, const KernelCall& call) {
+  int found = -1;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i].kind != GraphNode::Kind::kKernel || nodes[i].foreign || nodes[i].name != call.name) continue;
+    if (found >= 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("FindKernel: both node ", found, " and node ", i, " are ", call.name));
+    }
+    found = static_cast<int>(i);
+  }
+  if (found >= 0) return found;
+  return absl::NotFoundError(absl::StrCat("FindKernel: none of the graph's ", nodes.size(), " nodes is ", call.name));
+}
+
 absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream, absl::FunctionRef<absl::Status(Stream&)> body) {
   if (stream.capturing()) return absl::FailedPreconditionError("Capture: the stream is capturing already");
   PRISTINE_RETURN_IF_ERROR(stream.DoBeginCapture());

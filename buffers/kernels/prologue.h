@@ -50,7 +50,8 @@ struct ChunkTable {
   int32_t count = 0;
 };
 
-// A step on its way to the prologue, in a staging slot or in the kernel's own parameters: header, entry table, values.
+// A step on its way to the prologue: header, entry table, values. All in a staging slot, or all in the kernel's own
+// parameters, or the header in the parameters and the rest in a slot, whose own header then says 0.
 struct SlotHeader {
   uint64_t sequence = 0;  // the step that armed it; 0: none yet
   Extent bucket;
@@ -59,8 +60,10 @@ struct SlotHeader {
   uint32_t entries = 0;  // in the table
   uint32_t values = 0;   // where the values begin, from the start of the header
   uint32_t bytes = 0;    // of values, of a step in parameters
+  // Of a step in parameters: the slot that holds the table and the values; negative: they follow the header.
+  int32_t slot = -1;
 };
-static_assert(sizeof(SlotHeader) == 40);
+static_assert(sizeof(SlotHeader) == 48);
 inline constexpr size_t kSlotTable = 48;  // where the entry table begins, from the start of the header
 struct alignas(16) SlotEntry {
   int64_t offset = -1;  // of the entry's values, from the first of all, a multiple of 16; negative: none

@@ -78,11 +78,12 @@ __device__ Step FindStep(const PrologueParams& p, const std::byte* carried, uint
     step.consumed = consumed;
     return step;
   }
+  const auto image = [&](int64_t slot) { return p.slots + slot * p.slot_stride; };
   if (carried != nullptr) {
-    return TakeStep(p, carried, ReadHeader(*reinterpret_cast<const SlotHeader*>(carried)), consumed);
+    const auto& header = *reinterpret_cast<const SlotHeader*>(carried);
+    return TakeStep(p, header.slot < 0 ? carried : image(header.slot), ReadHeader(header), consumed);
   }
   __shared__ Armed slots[kMaxSlots];  // each loaded by a thread of its own: one round trip to memory
-  const auto image = [&](uint32_t slot) { return p.slots + static_cast<int64_t>(slot) * p.slot_stride; };
   if (threadIdx.x < p.num_slots) {
     slots[threadIdx.x] = ReadHeader(*reinterpret_cast<const SlotHeader*>(image(threadIdx.x)));
   }
@@ -552,7 +553,7 @@ template <bool kCarried>
 __device__ void Run(const PrologueParams& p, const std::byte* carried) {
   cudaTriggerProgrammaticLaunchCompletion();  // who waits for this grid may begin, and waits
   const SlotHeader* const header = kCarried ? reinterpret_cast<const SlotHeader*>(carried) : nullptr;
-  const bool checked = kCarried && header->check == 0;
+  const bool checked = kCarried && header->check == 0 && header->slot < 0;
 
   // All that does not depend on each other is in flight at once: the turn, the values, the first tile.
   __shared__ uint64_t turn;

@@ -93,8 +93,10 @@ class Prologue {
     }
     extent_ = newest->extent;
     check_ = newest->check != 0;
-    entries_ = reinterpret_cast<const SlotEntry*>(reinterpret_cast<const std::byte*>(newest) + kSlotTable);
-    values_ = reinterpret_cast<const std::byte*>(newest) + newest->values;
+    const std::byte* image = reinterpret_cast<const std::byte*>(newest);
+    if (given_ != nullptr && newest->slot >= 0) image = params_.slots + newest->slot * params_.slot_stride;
+    entries_ = reinterpret_cast<const SlotEntry*>(image + kSlotTable);
+    values_ = image + newest->values;
   }
 
   void Prepare(const BufferRecord& record) {
