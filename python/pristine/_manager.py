@@ -54,7 +54,7 @@ def _under_contract(
 
 def _tensor(what: str, value: DLPackTensor) -> tvm_ffi.Tensor:
     if not hasattr(value, "__dlpack__"):
-        raise InvalidArgumentError(f"{what}: a {type(value).__name__} has no __dlpack__; numpy.ndarray and torch.Tensor do")
+        raise InvalidArgumentError(f"{what}: a {type(value).__name__} has no __dlpack__, as numpy's and torch's have")
     try:
         return tvm_ffi.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -68,13 +68,15 @@ class BufferManager:
     first node is the prologue (`record_prologue`), one kernel that compares, restores, places the step's values, pads
     the tails and validates; if that fails, it makes the replay harmless before the body runs.
 
-    Adopted tensors stay alive as long as the manager; the manager must outlive every graph that its prologue is in, and
-    the streams it is used on must outlive the manager (PyTorch's do). One thread at a time, and its replays follow each
-    other on one stream.
+    Adopted tensors stay alive as long as the manager and its buffers. The manager must outlive every graph that its
+    prologue is in, and the streams it is used on must outlive the manager (PyTorch's do). One thread at a time, and its
+    replays follow each other on one stream.
 
-    A `FailedPreconditionError` means that the contract between engine and manager is broken (a stale plan, a missing
-    refill, a step for another bucket, a second thread, …). Every later call raises it again until `clear_error`, so that
-    a broad ``except`` cannot swallow it. Other errors do not stand: their call changed nothing.
+    A `FailedPreconditionError` is a contract error: the engine broke the contract with the manager (a stale plan, a
+    missing refill, a step for another bucket, a second thread, a prologue that is not the first node, …). Every later
+    call raises it again until `clear_error`, so that a broad ``except`` cannot swallow it; only `contract_error`,
+    `generation` and `stats` still answer. Other errors do not stand: a wrong argument changed nothing, a full ring is
+    to be tried again, and what the driver reports (`InternalError`) comes from every later call anyway.
 
     Parameters
     ----------
