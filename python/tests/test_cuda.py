@@ -125,7 +125,6 @@ def test_pollution_of_a_constant_is_healed_and_named():
         (lambda: torch.zeros(4, 2, dtype=torch.int32, device="cuda")[:, 0], "must be contiguous"),
         (lambda: torch.zeros(4, dtype=torch.int64, device="cuda"), "needs int32"),
         (lambda: torch.zeros(0, dtype=torch.int32, device="cuda"), "no elements"),
-        (lambda: torch.zeros(4, device="cuda", requires_grad=True), "adopt of x"),
     ],
 )
 def test_wrong_tensors_are_invalid_arguments(make, message):
@@ -156,6 +155,7 @@ def test_adopt_sees_what_the_current_stream_has_queued():
 
 
 def test_memory_goes_back_to_pytorch_with_the_manager():
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     manager = pristine.BufferManager(pristine.Device("cuda"))

@@ -168,6 +168,16 @@ def test_a_broad_except_cannot_swallow_a_contract_error(rig):
     assert rig.run() == [5, 0, 0, 0]
 
 
+def test_every_call_is_under_contract_and_it_is_that_which_makes_an_error_stand(rig):
+    answers = {"clear_error", "contract_error", "device", "generation", "stats"}
+    public = {name for name in vars(pristine.BufferManager) if not name.startswith("_")}
+    assert len(public - answers) == len(calls(rig))
+    assert all(hasattr(getattr(pristine.BufferManager, name), "__wrapped__") for name in public - answers)
+    with pytest.raises(pristine.FailedPreconditionError):
+        rig.manager.before_replay(4, 1)
+    assert pristine.BufferManager.poll.__wrapped__(rig.manager) == []  # without the contract it would go on
+
+
 def test_a_stale_plan_is_a_contract_error_with_both_generations():
     rig = Rig()
     plan = rig.manager.adopt("plan", np.zeros(2, np.int32), role="refilled", derived_from=[rig.lengths])
