@@ -26,6 +26,7 @@
 #include "pristine/graph_runtime/device.h"
 #include "pristine/graph_runtime/graph_hook.h"
 #include "pristine/graph_runtime/memory.h"
+#include "pristine/graph_runtime/signature.h"
 #include "pristine/graph_runtime/stream.h"
 
 namespace pristine {
@@ -57,7 +58,12 @@ struct ManagerOptions {
     kOff,        // never, not even around warm-ups: what engines do today. For showing the bug
   } restore = Restore::kGraphHead;
   OnViolation on_violation = OnViolation::kNeutralise;
-  int staging_slots = 4;  // steps that may be in flight; 2 to 64
+  // A step whose values take up to so many bytes travels in the parameters of the prologue's node, set before the
+  // launch; a larger one, and every step of a graph that the engine captures, is copied to the device ahead of the
+  // launch, through a staging slot. 0: always a slot.
+  static constexpr size_t kMaxParameterBytes = 8192;
+  size_t parameter_bytes = kMaxParameterBytes;
+  int staging_slots = 4;  // steps that may wait in slots; 2 to 64
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
   bool poison_scratch = false;
@@ -190,6 +196,11 @@ class BufferManager final : public GraphHook {
   const char* name(int buffer) const;
   // The sealed original of a buffer: read-only memory that stays. Empty before it is sealed.
   DeviceSpan<const std::byte> original(int buffer) const;
+  // The manager's part of GraphRunner::SignatureHash, for the graph of `bucket` that the engine captures by itself:
+  // ranks compare it beside what they know of their nodes. Over the bucket, ManagerOptions, and the buffers that its
+  // prologue covers: names, roles, kinds, axes, sizes and contracts, in order. Limits, dummies and originals are left
+  // out: they follow from each rank's own memory. NOT_FOUND: no prologue was recorded for `bucket`.
+  absl::StatusOr<uint64_t> SignatureHash(const Extent& bucket) const;
   // For kernels of others that report into Poll; `bucket` names the graph in the reports.
   ReportRing report_ring(const Extent& bucket);
 
@@ -223,6 +234,7 @@ class BufferManager final : public GraphHook {
   void AfterCapture(const RunInfo& info, const absl::Status& outcome) override;
   absl::Status BeforeReplay(Stream& stream, const RunInfo& info) override;
   void AfterReplay(Stream& stream, const RunInfo& info, const absl::Status& outcome) override;
+  void AddToSignature(const RunInfo& info, Signature& signature) const override;
 
   absl::StatusOr<Registered> RegisterBytes(const BufferSpec& spec, Element element, DeviceSpan<std::byte> live,
                                            absl::Span<const std::byte> original, size_t size);
