@@ -301,6 +301,15 @@ class BufferManager:
         """
         return to_violations(_ffi.verify(self._handle, self._device.stream_handle(stream)))
 
+    @_under_contract
+    def signature_hash(self, bucket: ExtentLike) -> int:
+        """What ranks compare before they replay: 64 bits over the bucket, the options and the buffers of its prologue.
+
+        Limits, dummies and originals are left out: they follow from each rank's own memory. `NotFoundError`: no
+        prologue was recorded for `bucket`.
+        """
+        return int(_ffi.signature_hash(self._handle, *to_extent(bucket))) % 2**64
+
     def generation(self, buffer: Buffer) -> int:
         """How often `buffer` was refilled or kept."""
         self._check_owner("generation", buffer)

@@ -213,6 +213,11 @@ int64_t Generation(const ManagerRef& manager, int64_t id) {
   return manager->manager().generation(Int32("buffer", id));
 }
 
+int64_t SignatureHash(const ManagerRef& manager, int64_t requests, int64_t tokens) {
+  const ManagerObj::Call call(*manager.get());
+  return static_cast<int64_t>(Take(manager->manager().SignatureHash(ToExtent(requests, tokens))));
+}
+
 ffi::Array<int64_t> Stats(const ManagerRef& manager) {
   const ManagerObj::Call call(*manager.get());
   const BufferManager::Stats stats = manager->manager().stats();
@@ -241,6 +246,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(restore_all, RestoreAll);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(poll, Poll);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(verify, Verify);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(generation, Generation);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(signature_hash, SignatureHash);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stats, Stats);
 
 }  // namespace pristine::python

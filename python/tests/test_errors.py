@@ -145,6 +145,7 @@ def calls(rig):
         lambda: m.restore_all(4),
         m.poll,
         m.verify,
+        lambda: m.signature_hash(4),
     ]
 
 

@@ -131,6 +131,23 @@ def test_extents_are_requests_or_requests_and_tokens(rig):
     assert rig.run(bucket=(4, 16)) == [1, 2, 0, 0]
 
 
+def test_ranks_can_compare_what_their_prologues_cover():
+    def hash_of(*extra: str, **options: object) -> int:
+        rig = Rig(**options)
+        for name in extra:
+            rig.adopt(name, np.zeros(4, np.int32))
+        rig.manager.seal()
+        with pytest.raises(pristine.NotFoundError):
+            rig.manager.signature_hash(4)
+        rig.manager.record_prologue(4)
+        rig.device.synchronize()
+        return rig.manager.signature_hash(4)
+
+    assert 0 <= hash_of() < 2**64
+    assert hash_of() == hash_of()
+    assert len({hash_of(), hash_of("more"), hash_of("other"), hash_of(check="always")}) == 4
+
+
 def test_every_slot_in_flight_is_resource_exhausted_and_waiting_helps():
     rig = Rig(staging_slots=2)
     rig.manager.seal()
