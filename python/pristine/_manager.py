@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import tvm_ffi
 
@@ -49,7 +49,7 @@ def _under_contract(
             )
             raise
 
-    return call
+    return cast("Callable[Concatenate[BufferManager, _P], _R]", call)
 
 
 def _tensor(what: str, value: DLPackTensor) -> tvm_ffi.Tensor:
