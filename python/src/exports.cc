@@ -63,8 +63,7 @@ constexpr std::pair<const char*, ManagerOptions::Restore> kRestores[] = {
 constexpr std::pair<const char*, OnViolation> kOnViolation[] = {
     {"neutralise", OnViolation::kNeutralise}, {"record", OnViolation::kRecord}, {"trap", OnViolation::kTrap}};
 
-// --- device
-// -----------------------------------------------------------------------------------------------------------
+// --- device ----------------------------------------------------------------------------------------------------------
 
 ffi::String CudaBuild() {
 #ifdef PRISTINE_WHEEL_CUDA
@@ -123,8 +122,7 @@ void Seal(const ManagerRef& manager) {
   ThrowIfError(manager->manager().Seal());
 }
 
-// --- each step
-// --------------------------------------------------------------------------------------------------------
+// --- each step -------------------------------------------------------------------------------------------------------
 
 void BeginStep(const ManagerRef& manager, int64_t bucket_requests, int64_t bucket_tokens, int64_t requests,
                int64_t tokens) {
@@ -159,8 +157,7 @@ void BeforeReplay(const ManagerRef& manager, int64_t stream, int64_t bucket_requ
                                                ToExtent(bucket_requests, bucket_tokens), ToExtent(requests, tokens)));
 }
 
-// --- restore and check
-// ------------------------------------------------------------------------------------------------
+// --- restore and check -----------------------------------------------------------------------------------------------
 
 void Restore(const ManagerRef& manager, int64_t stream) {
   const ManagerObj::Call call(*manager.get());
