@@ -81,8 +81,7 @@ DeviceRef CreateCuda(int64_t ordinal) {
 ffi::String DeviceName(const DeviceRef& device) { return device->device->name(); }
 void Synchronize(const DeviceRef& device) { ThrowIfError(device->device->Synchronize()); }
 
-// --- set-up
-// -----------------------------------------------------------------------------------------------------------
+// --- set-up ----------------------------------------------------------------------------------------------------------
 
 ManagerRef CreateManager(const DeviceRef& device, const ffi::String& check, int64_t sample_every,
                          const ffi::String& restore, const ffi::String& on_violation, int64_t staging_slots,
