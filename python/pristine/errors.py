@@ -1,4 +1,4 @@
-"""A class per status code, all below `Error`. Each message has the name, the value found, and what would be accepted."""
+"""A class per status code, all below `Error`. Messages have the name, the value found, and what would be accepted."""
 
 import tvm_ffi
 
