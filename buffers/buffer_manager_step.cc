@@ -250,7 +250,15 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, c
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   // Nothing recorded: it arms an eager RecordPrologue, which covers all.
   if (entry.chunks == 0) entry.chunks = static_cast<int>(impl_->chunks.size());
-  return impl_->Arm(stream, graph, extent, nullptr);
+  if (!entry.recorded && entry.armed_unrecorded) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("BeforeReplay of ", bucket.ToString(),
+                     ": none of its graphs has a prologue, so nothing took the step that the last one armed; "
+                     "RecordPrologue must come first in the capture"));
+  }
+  PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, extent, nullptr));
+  entry.armed_unrecorded = !entry.recorded;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::Impl::LaunchPrologue(Stream& stream, int graph) {
@@ -309,7 +317,9 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf("", bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
   if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
-  return impl.LaunchPrologue(stream, graph);
+  PRISTINE_RETURN_IF_ERROR(impl.LaunchPrologue(stream, graph));
+  entry.recorded = true;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {
