@@ -75,10 +75,12 @@ struct Chunk {
 struct GraphEntry {
   const char* graph = "";
   Extent bucket;
-  int chunks = 0;         // the first that its prologue covers; 0: not recorded
-  int chunks_before = 0;  // of the last capture that succeeded: a failed recapture leaves that graph in place
-  int64_t order = 0;      // of its last run among all runs; 0: none
-  int64_t replay = 0;     // the step of that run; 0: a capture or warm-up
+  int chunks = 0;                 // the first that its prologue covers; 0: not recorded
+  bool recorded = false;          // the engine recorded a prologue, or ran one eagerly
+  bool armed_unrecorded = false;  // and before that it armed one
+  int chunks_before = 0;          // of the last capture that succeeded: a failed recapture leaves that graph in place
+  int64_t order = 0;              // of its last run among all runs; 0: none
+  int64_t replay = 0;             // the step of that run; 0: a capture or warm-up
 
   // Of a graph whose prologue node may be given other parameters: a GraphRunner's, or an engine's that is attached.
   std::unique_ptr<PrologueParams> params;     // as captured

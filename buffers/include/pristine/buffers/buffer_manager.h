@@ -160,8 +160,9 @@ class BufferManager final : public GraphHook {
   absl::Status Seal();
   // Checks the open step and arms exactly one staging slot for the next launch of the graph of `bucket` on `stream`.
   // FAILED_PRECONDITION, naming both numbers: no open step, a buffer neither refilled nor kept, a step for another
-  // bucket or extent, a buffer derived from an older generation of another. Nothing is queued then. Launching without
-  // it, or calling it twice for one launch, is found on the device: reported and neutralised.
+  // bucket or extent, a buffer derived from an older generation of another; also the second one for a bucket without a
+  // RecordPrologue, whose graph would never take the step. Nothing is queued then. Launching without it, or calling it
+  // twice for one launch, is found on the device: reported and neutralised.
   absl::Status BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent);
 
   // Where the engine hands over the graph that it captured with RecordPrologue and the exec that it made from it
