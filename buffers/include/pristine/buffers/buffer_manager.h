@@ -126,8 +126,8 @@ class BufferManager final : public GraphHook {
 
   // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. Earlier steps may
   // still run: what is refilled and planned for this one reaches none of them. OUT_OF_RANGE: `extent` does not fit in
-  // `bucket`. RESOURCE_EXHAUSTED, at once: the slot that the step's values may need is in flight, because the device has
-  // not come to the earlier step that holds it. See WaitForSlot.
+  // `bucket`. RESOURCE_EXHAUSTED, at once: the slot that the step's values may need is in flight, because the device
+  // has not come to the earlier step that holds it. See WaitForSlot.
   absl::Status BeginStep(const Extent& bucket, const Extent& extent);
   // Takes the real values for the open step; `values` may be reused on return. Bumps the buffer's generation.
   // FAILED_PRECONDITION: no open step. INVALID_ARGUMENT: not kRefilled; values.size() is not the axis's count for the
