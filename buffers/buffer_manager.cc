@@ -179,7 +179,6 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
   }
   if (refilled) {
     record.refilled = impl.refilled_buffers++;
-    if (spec.kind == Kind::kIndptr) impl.refilled_indptrs.push_back(id);
     state->values.resize(original.size());
     state->made_from.resize(spec.derived_from.size(), -1);
     impl.late_bytes += late;

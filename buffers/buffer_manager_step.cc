@@ -227,10 +227,12 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
   header.check = options.check == ManagerOptions::Check::kAlways ||
                  (options.check == ManagerOptions::Check::kSampled &&
                   next_sequence % static_cast<uint64_t>(options.sample_every) == 0);
-  ForEachTail(entry.bucket, [&header](int place, const BufferState& buffer) {
-    const auto* const values = reinterpret_cast<const int32_t*>(buffer.values.data());
-    header.indptr_tails[place] = buffer.count > 0 ? values[buffer.count - 1] : 0;
-  });
+  if (flights.capacity() > 0) {
+    ForEachTail(entry.bucket, [&header](int place, const BufferState& buffer) {
+      const auto* const values = reinterpret_cast<const int32_t*>(buffer.values.data());
+      header.indptr_tails[place] = buffer.count > 0 ? values[buffer.count - 1] : 0;
+    });
+  }
   PRISTINE_RETURN_IF_ERROR(Deliver(stream, entry, header, exec));
   entry.order = ++runs;
   entry.replay = static_cast<int64_t>(next_sequence);

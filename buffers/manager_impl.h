@@ -179,10 +179,10 @@ class BufferManager::Impl {
   template <class Body>
   void ForEachTail(const Extent& bucket, Body body) const {
     int place = 0;
-    for (const int id : refilled_indptrs) {
+    for (const auto& buffer : buffers) {
+      if (buffer->spec.role != Role::kRefilled || buffer->spec.kind != Kind::kIndptr) continue;
+      if (buffers::UsedBy(buffer->spec, bucket)) body(place++, *buffer);
       if (place == buffers::kFlightTails) return;
-      const buffers::BufferState& buffer = *buffers[static_cast<size_t>(id)];
-      if (buffers::UsedBy(buffer.spec, bucket)) body(place++, buffer);
     }
   }
   ReportRing Ring(int graph) const;
@@ -217,8 +217,7 @@ class BufferManager::Impl {
   std::vector<std::unique_ptr<buffers::BufferState>> buffers;  // by id; those of one chunk follow each other
   int sealed_buffers = 0;
   int refilled_buffers = 0;
-  std::vector<int> refilled_indptrs;  // ids
-  size_t late_bytes = 0;              // of kRefilled buffers registered after the first Seal
+  size_t late_bytes = 0;  // of kRefilled buffers registered after the first Seal
   std::vector<std::unique_ptr<buffers::RegionWatcher>> protected_regions;
 
   std::unique_ptr<buffers::StagingRing> ring;  // from the first Seal on

@@ -381,16 +381,17 @@ class Page {
       if (const int record = log_.violations()[i].record; record >= 0)
         violations[static_cast<size_t>(record)].push_back(i);
     }
-    out_ << "<div class=\"scroll tall\"><table class=\"records\"><thead><tr><th>Record</th><th>Replay</th><th>Key</th>"
-            "<th>Extent</th><th>Tokens</th><th>Indptr tail</th><th>Status</th>"
+    out_ << "<div class=\"scroll tall\"><table "
+            "class=\"records\"><thead><tr><th>Record</th><th>Status</th><th>Replay</th>"
+            "<th>Key</th><th>Extent</th><th>Tokens</th><th>Indptr tail</th>"
          << (targets ? "<th>Message</th>" : "") << "</tr></thead>\n<tbody>\n";
     for (size_t i = 0; i < records.size(); ++i) {
       const LoggedRecord& record = records[i];
       out_ << "<tr" << (targets ? absl::StrCat(" id=\"", RecordId(record), "\"") : "") << "><th>"
-           << (record.shadow ? "s" : "") << record.sequence << "</th><td>" << record.replay
-           << (record.shadow ? " <small>eager</small>" : "") << "</td><td>" << KeyText(record) << "</td><td>"
-           << ExtentText(record) << "</td><td>" << TokensText(record) << "</td><td class=\"tails\">"
-           << TailsText(record) << "</td><td>" << StatusBadge(record) << "</td>";
+           << (record.shadow ? "s" : "") << record.sequence << "</th><td>" << StatusBadge(record) << "</td><td>"
+           << record.replay << (record.shadow ? " <small>eager</small>" : "") << "</td><td>" << KeyText(record)
+           << "</td><td>" << ExtentText(record) << "</td><td>" << TokensText(record) << "</td><td class=\"tails\">"
+           << TailsText(record) << "</td>";
       if (targets) {
         const std::vector<size_t>& of = violations[i];
         out_ << "<td class=\"message\">" << HtmlText(log_.violations()[of.front()].message, kMessage) << " <a href=\"#v"
