@@ -355,7 +355,7 @@ class Page {
            "memory, readable after the device context has died. Key: the graph and its bucket, requests \u00d7 tokens. "
            "Extent, tokens: the real requests and tokens of the step. Indptr tail: the last real value that the step "
            "gave. Status: of the prologue; what kernels of the body report is in the list above only.</p>\n";
-    if (!log_.violations().empty()) {
+    if (!log_.records().empty()) {
       out_ << "<h3>Of the violations</h3>\n";
       RecordTable(log_.records(), true);
     }

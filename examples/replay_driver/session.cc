@@ -397,6 +397,7 @@ void Session::AddReport(const Violation& violation, int64_t StepInFlight::*numbe
 }
 
 void Session::LogViolation(int64_t step, const Violation& violation, bool shadow) {
+  if (!report_.log.enabled()) return;
   std::optional<LoggedRecord> found;
   if (report_.log.lists_next() && violation.replay > 0) {
     const BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
