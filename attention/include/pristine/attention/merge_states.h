@@ -4,10 +4,9 @@
 // A state of (row, head) is attention over some of the row's keys: v, normalised by the state's own mass, and lse, the
 // log2 of that mass. Over all of a row's states:
 //   lse = log2 sum_i 2^lse_i,   v = sum_i 2^(lse_i - lse) v_i
-// lse -inf marks an empty state: its weight is 0 and its v, NaN for all anyone cares, does not enter. A row whose
-// states are all empty, or that has none, becomes zeros and -inf. +inf is what some stacks write for an empty row
-// (ConvertLse takes them); inside a merge it is reported (Violation::Kind::kInfiniteLse) and taken as empty. NaN stays
-// NaN.
+// lse -inf marks an empty state: its weight is 0 and its v does not enter, whatever lies there. A row whose states are
+// all empty, or that has none, becomes zeros and -inf. +inf is what some stacks write for an empty row, and ConvertLse
+// takes it; a merge reports it (Violation::Kind::kInfiniteLse) and goes on as if it were -inf. NaN stays NaN.
 //
 // All calls queue one kernel and may be captured: its grid follows from the arguments, never from device values. They
 // allocate nothing and do not block; memory must stay valid until the kernel, or the last replay, has run. Sums are
@@ -31,13 +30,14 @@ struct MergeShape {
   int32_t head_dim = 0;           // 64, 128 or 256
 };
 
-// Strides are in elements of their array; 0 stands for dense.
+// Strides are in elements of their array; 0 stands for dense. FlashAttention's LSEs, [heads, rows], have an lse_stride
+// of 1 and an lse_head_stride of rows.
 struct States {
   DeviceSpan<const std::byte> v = {};   // [rows, heads, head_dim]; address and rows aligned to 16 bytes
   DeviceSpan<const LseBase2> lse = {};  // [rows, heads]
-  int64_t v_stride = 0;                 // from row to row; at least heads * head_dim
+  int64_t v_stride = 0;                 // from row to row, at least heads * head_dim
   int64_t lse_stride = 0;               // from row to row
-  int64_t lse_head_stride = 0;  // from head to head; {1, rows} are the strides of FlashAttention's [heads, rows]
+  int64_t lse_head_stride = 0;          // from head to head
 };
 struct MutableStates {
   DeviceSpan<std::byte> v = {};
@@ -47,9 +47,10 @@ struct MutableStates {
   int64_t lse_head_stride = 0;
 };
 
-// Of all of them. `rows` may be 0. `reports` is BufferManager::report_ring of the graph's bucket.
-// INVALID_ARGUMENT: a size or stride that is none; a tensor too small, null or misaligned (name, size, need); `reports`
-// empty, because an error that nobody can see is none. UNIMPLEMENTED: no kernel for dtype and head_dim; lists them.
+// What the four merges share: `rows` may be 0. `reports` is BufferManager::report_ring of the graph's bucket.
+// INVALID_ARGUMENT: a size out of range; strides that put two outputs at one place; a tensor too small, null or
+// misaligned (name, size, need); `reports` empty, because an error that nobody can see is none. UNIMPLEMENTED: no
+// kernel for dtype and head_dim; the message lists those there are.
 
 // out = a + b, row by row. `out` must not overlap the inputs.
 absl::Status MergeState(Stream& stream, const MergeShape& shape, int32_t rows, const States& a, const States& b,
