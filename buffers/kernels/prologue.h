@@ -24,6 +24,7 @@ struct alignas(16) BufferRecord {
   int64_t capacity = 0;  // elements
   int64_t tile = 0;      // in a table of tiles: which of the buffer's
   int64_t element_bytes = 0;
+  std::byte* shadow = nullptr;  // of a buffer with deltas: what it holds on the device beside `live` (DeltaHeader)
   int32_t id = 0;
   int32_t refilled = -1;  // place in a slot's entry table; -1: not kRefilled
   int32_t role = 0;       // Role
@@ -64,6 +65,37 @@ struct SlotEntry {
   int64_t offset = -1;  // of the entry's values, from the first of all; negative: none
   int64_t count = 0;    // elements
 };
+
+// A buffer with deltas is given as the changes to its shadow: this, then `count` values, or the changed elements
+// (int32) and, DeltaIndexBytes later, their values. No element is named twice, none is at or past the entry's count.
+struct alignas(16) DeltaHeader {
+  uint64_t base = 0;      // version of the shadow that the changes are made to; another one is a missed update
+  uint64_t version = 0;   // of the shadow afterwards
+  int64_t padded_to = 0;  // the shadow's elements from the entry's count up to here become padding
+  int32_t changes = -1;   // kAllElements: whatever the shadow holds is replaced
+  int32_t unused = 0;
+};
+inline constexpr int32_t kAllElements = -1;
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    constexpr int64_t
+    DeltaIndexBytes(int32_t changes) {
+  return (int64_t{changes} * static_cast<int64_t>(sizeof(int32_t)) + 15) / 16 * 16;
+}
+
+// A shadow is the buffer's elements, then the version of each of its tiles: blocks need not wait for each other.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    inline uint64_t*
+    ShadowVersions(const BufferRecord& record) {
+  return reinterpret_cast<uint64_t*>(record.shadow + (record.capacity * record.element_bytes + 15) / 16 * 16);
+}
+inline size_t ShadowBytes(int64_t bytes) {
+  const int64_t tiles = (bytes + kTileBytes - 1) / kTileBytes;
+  return static_cast<size_t>((bytes + 15) / 16 * 16 + tiles * static_cast<int64_t>(sizeof(uint64_t)));
+}
 
 // Device memory that only prologues write.
 struct Control {

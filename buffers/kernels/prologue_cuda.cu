@@ -247,6 +247,64 @@ __device__ int PlaceTile(const PrologueParams& p, const Step& step, const Buffer
   return kNothing;
 }
 
+// What `delta` changes in bytes [begin, end) of a shadow.
+__device__ void ChangeTile(const BufferRecord& record, const DeltaHeader& delta, const std::byte* given, int64_t begin,
+                           int64_t end) {
+  const int32_t* const elements = reinterpret_cast<const int32_t*>(given);
+  const std::byte* const values = given + DeltaIndexBytes(delta.changes);
+  const int64_t size = record.element_bytes;
+  for (int64_t i = threadIdx.x; i < delta.changes; i += kThreads) {
+    const int64_t at = elements[i] * size;
+    if (size == 4) {  // aligned, as tiles are
+      if (at >= begin && at < end) {
+        *reinterpret_cast<int32_t*>(record.shadow + at) = reinterpret_cast<const int32_t*>(values)[i];
+      }
+      continue;
+    }
+    for (int64_t byte = max(at, begin); byte < min(at + size, end); ++byte) {
+      record.shadow[byte] = values[i * size + byte - at];
+    }
+  }
+}
+
+// Of a buffer with deltas: brings the tile of the shadow up to date, unless it missed an update, and places it. Only
+// this block touches the tile.
+__device__ int PlaceShadowTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
+                               int64_t end) {
+  const SlotEntry entry = step.entries[record.refilled];
+  if (entry.offset < 0) return kNothing;
+  const std::byte* const given = step.values + entry.offset + sizeof(DeltaHeader);
+  const DeltaHeader delta = *reinterpret_cast<const DeltaHeader*>(step.values + entry.offset);
+  uint64_t* const version = &ShadowVersions(record)[record.tile];
+  const int64_t size = record.element_bytes;
+  const int64_t real = min(entry.count, record.capacity);
+  const int64_t placed_end = min(end, real * size);
+  if (delta.changes != kAllElements) {
+    if (*version != delta.base) return NoteBad(p, record, (begin + size - 1) / size);
+    ChangeTile(record, delta, given, begin, end);
+  } else if (begin < placed_end) {
+    CopyBytes(record.shadow, given, begin, placed_end, false);
+  }
+  const int64_t pad_begin = max(begin, real * size);
+  const int64_t pad_end = min(end, delta.padded_to * size);
+  if (!record.integers) {
+    FillBytes(record.shadow, pad_begin, pad_end, std::byte{0});
+  } else {
+    int32_t* const shadow = reinterpret_cast<int32_t*>(record.shadow);
+    for (int64_t i = pad_begin / 4 + threadIdx.x; i < pad_end / 4; i += kThreads) shadow[i] = record.pad;
+  }
+  __syncthreads();  // what follows reads what other threads of this block wrote; all have read the version
+  if (threadIdx.x == 0) *version = delta.version;
+  if (begin < placed_end) CopyBytes(record.live, record.shadow, begin, placed_end, false);
+  PadTile(p, record, begin, end, real, record.shadow);
+  if (!record.integers) return kNothing;
+  const int32_t* const integers = reinterpret_cast<const int32_t*>(record.shadow);
+  for (int64_t i = begin / 4 + threadIdx.x; i < placed_end / 4; i += kThreads) {
+    if (Bound(record, integers, i, real) != integers[i]) return NoteBad(p, record, i);
+  }
+  return kNothing;
+}
+
 __device__ int RestoreTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
                            int64_t end) {
   const int found = CopyBytes(record.live, record.original, begin, end, step.check) ? kChanged : kNothing;
@@ -275,7 +333,9 @@ __device__ int DoTile(const PrologueParams& p, const Step& step, const BufferRec
     case Role::kRestored:
       return p.restore ? RestoreTile(p, step, record, begin, end) : kNothing;
     case Role::kRefilled:
-      return step.entries != nullptr ? PlaceTile(p, step, record, begin, end) : kNothing;
+      if (step.entries == nullptr) return kNothing;
+      return record.shadow != nullptr ? PlaceShadowTile(p, step, record, begin, end)
+                                      : PlaceTile(p, step, record, begin, end);
     case Role::kScratch:
       if (p.poison_scratch && p.mode == PrologueMode::kReplay) FillBytes(record.live, begin, end, std::byte{0xFF});
       return kNothing;
@@ -315,7 +375,18 @@ __device__ bool ReportBad(const PrologueParams& p, const Step& step, const Repor
     return false;
   }
   const SlotEntry entry = step.entries[record.refilled];
-  const int32_t* const values = reinterpret_cast<const int32_t*>(step.values + entry.offset);
+  const std::byte* given = step.values + entry.offset;
+  if (record.shadow != nullptr) {
+    const DeltaHeader& delta = *reinterpret_cast<const DeltaHeader*>(given);
+    const uint64_t version = ShadowVersions(record)[byte / kTileBytes];
+    if (version != delta.version) {
+      Report(ring, KindOf(Violation::Kind::kMissedUpdate), record.id, index, static_cast<int64_t>(delta.base),
+             static_cast<int64_t>(version));
+      return true;
+    }
+    given = record.shadow;
+  }
+  const int32_t* const values = reinterpret_cast<const int32_t*>(given);
   Report(ring, KindOf(Violation::Kind::kInvariant), record.id, index,
          Bound(record, values, index, min(entry.count, record.capacity)), values[index]);
   return true;
