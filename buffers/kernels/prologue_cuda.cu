@@ -269,7 +269,7 @@ __device__ void ChangeTile(const BufferRecord& record, const DeltaHeader& delta,
 
 // Of a buffer with deltas: brings the tile of the shadow up to date, unless it missed an update, and places it. Only
 // this block touches the tile.
-__device__ int PlaceShadowTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
+__device__ __noinline__ int PlaceShadowTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
                                int64_t end) {
   const SlotEntry entry = step.entries[record.refilled];
   if (entry.offset < 0) return kNothing;
