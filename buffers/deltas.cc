@@ -74,8 +74,6 @@ void Deltas::Move(int64_t from, int64_t to, int64_t count) {
 
 size_t Deltas::Settle(int64_t count) {
   count_ = count;
-  for (int64_t i = count; i < used_; ++i) Set(i, padding_.data());
-  used_ = count;
   // Past the step's elements the prologue pads the shadow by itself.
   const auto lacking = [count](int32_t element) { return element < count; };
   header_.changes = static_cast<int32_t>(std::count_if(changed_.begin(), changed_.end(), lacking));
@@ -110,7 +108,10 @@ void Deltas::Pack(std::byte* to) {
 void Deltas::Sent(uint64_t sequence) {
   if (header_.version != version_) sequence_ = sequence;
   version_ = header_.version;
-  shadow_used_ = count_;
+  for (int64_t i = count_; i < used_; ++i) {
+    CopyElement(&mirror_[Size(i, element_bytes_)], padding_.data(), padding_.size());
+  }
+  used_ = shadow_used_ = count_;
   all_ = false;
   changed_.clear();
 }

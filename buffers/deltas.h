@@ -23,11 +23,11 @@ class Deltas {
   void Write(int64_t first, absl::Span<const std::byte> values);
   void Move(int64_t from, int64_t to, int64_t count);  // `from` becomes padding
 
-  // The step to be armed has `count` elements: what lies past them becomes padding. Returns the bytes that Pack writes.
+  // The step to be armed has `count` elements. Returns the bytes that Pack writes.
   size_t Settle(int64_t count);
   // Writes the DeltaHeader of the step, and what belongs to it.
   void Pack(std::byte* to);
-  // What was packed last is on its way, in step `sequence`.
+  // What was packed last is on its way, in step `sequence`; what lies past its elements is padding from now on.
   void Sent(uint64_t sequence);
   // Step `sequence` was never launched.
   void TakeBack(uint64_t sequence);

@@ -1,5 +1,7 @@
 // Buffers with deltas: a step sends what changed, and the graph sees the whole table. The device's shadow never misses
 // a change without saying so.
+#include "buffers/deltas.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -347,6 +349,49 @@ TYPED_TEST(DeltasTest, ARefusedLaunchSendsTheTableInFullAgain) {
   }
 }
 
+// The host's side alone: a step that was packed, and could not be handed over.
+TEST(DeltasHostTest, AStepThatWasNotHandedOverForgetsNothing) {
+  buffers::BufferRecord record;
+  record.capacity = 6;
+  record.element_bytes = 4;
+  record.integers = true;
+  record.pad = kDummy;
+  buffers::Deltas deltas(record);
+  std::vector<std::byte> packed(buffers::Deltas::MostBytes(24));
+  const auto step = [&](int64_t count) {
+    EXPECT_LE(deltas.Settle(count), packed.size());
+    deltas.Pack(packed.data());
+    return *reinterpret_cast<const buffers::DeltaHeader*>(packed.data());
+  };
+  const Ints values = {1, 2, 3, 4, 5, 6};
+  deltas.Refill({reinterpret_cast<const std::byte*>(values.data()), 24});
+  EXPECT_EQ(step(6).changes, buffers::kAllElements);
+  deltas.Sent(1);
+  const int32_t changed = 7;
+  deltas.Write(5, {reinterpret_cast<const std::byte*>(&changed), 4});
+  const buffers::DeltaHeader shorter = step(2);  // and is not sent
+  EXPECT_EQ(shorter.changes, 0);
+  EXPECT_EQ(shorter.padded_to, 6);
+  const buffers::DeltaHeader whole = step(6);
+  EXPECT_EQ(whole.base, shorter.base);
+  EXPECT_NE(whole.version, shorter.version) << "what became of the other is not known";
+  ASSERT_EQ(whole.changes, 1);
+  deltas.Sent(2);
+  EXPECT_EQ(deltas.FirstDifference(reinterpret_cast<const std::byte*>(Ints{1, 2, 3, 4, 5, 7}.data())),
+            buffers::kNoIndex);
+  // One that is handed over does.
+  step(2);
+  deltas.Sent(3);
+  EXPECT_EQ(deltas.FirstDifference(reinterpret_cast<const std::byte*>(Ints{1, 2, 9, 9, 9, 9}.data())),
+            buffers::kNoIndex);
+  EXPECT_TRUE(deltas.known());
+  deltas.TakeBack(2);
+  EXPECT_TRUE(deltas.known()) << "another step";
+  deltas.TakeBack(3);
+  EXPECT_FALSE(deltas.known());
+  EXPECT_EQ(step(2).changes, buffers::kAllElements);
+}
+
 TYPED_TEST(DeltasTest, AGraphThatDoesNotTakeTheTableLeavesItsUpdatesForTheNext) {
   this->MakeManager();
   this->Register(Spec("early", Role::kRestored), {1});
@@ -596,6 +641,82 @@ TYPED_TEST(DeltasTest, UpdatesOfALargeTableNeedNoSlot) {
     EXPECT_EQ(seen[static_cast<size_t>(step)], step % 5 == 4 ? 1 : (7 + step) % 100) << step;
   }
   EXPECT_EQ(this->Table(), expected);
+  this->ExpectClean();
+}
+
+// Several of the kernel's blocks take part: what one of them finds, all must heed.
+TYPED_TEST(DeltasTest, WhatIsWrongInOneTileMakesTheWholeTableHarmless) {
+  constexpr int32_t kColumns = 5000, kSize = 4 * kColumns;  // 80 KB
+  for (const size_t parameter_bytes : this->kTransports) {
+    SCOPED_TRACE(parameter_bytes);
+    ManagerOptions options;
+    options.parameter_bytes = parameter_bytes;
+    options.check = ManagerOptions::Check::kOff;
+    this->MakeManager(options);
+    this->table_ = this->Register(this->TableSpec(kColumns), Ints(kSize, 50));
+    const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 1));
+    const auto restored =
+        this->Register(Spec("restored", Role::kRestored, Kind::kLength, Axis::Requests()), Ints(4, 1));
+    this->Capture({kLarge}, kEmptyBody);
+    Ints table(kSize, 1);
+    const auto step = [&](int64_t at, int32_t value) {
+      table[static_cast<size_t>(at)] = value;
+      ASSERT_OK(this->Begin(kLarge, 4));
+      ASSERT_OK(this->Refill(lengths, Ints(4, 3)));
+      ASSERT_OK(this->Update(at, {value}));
+      ASSERT_OK(this->ReplayOf(kLarge, 4));
+    };
+    const auto expect_harmless = [&](int64_t at) {
+      EXPECT_EQ(this->Table(), Ints(kSize, kDummy));
+      EXPECT_EQ(this->Read(lengths), Ints(4, 0));
+      EXPECT_EQ(this->Read(restored), Ints(4, 0));
+      const std::vector<Violation> found = this->Poll();
+      ASSERT_EQ(found.size(), 1u) << Describe(found);
+      EXPECT_EQ(found[0].kind, Violation::Kind::kInvariant);
+      EXPECT_EQ(found[0].index, at);
+      EXPECT_EQ(found[0].actual, 100);
+    };
+    ASSERT_OK(this->Begin(kLarge, 4));
+    ASSERT_OK(this->Refill(lengths, Ints(4, 3)));
+    ASSERT_OK(this->Refill(this->table_, table));
+    ASSERT_OK(this->ReplayOf(kLarge, 4));
+    EXPECT_EQ(this->Table(), table);
+    step(17000, 100);
+    expect_harmless(17000);
+    step(0, 2);  // a change elsewhere: the value is wrong all the same
+    expect_harmless(17000);
+    step(17000, 99);
+    EXPECT_EQ(this->Table(), table);
+    EXPECT_EQ(this->Read(lengths), Ints(4, 3));
+    this->ExpectClean();
+    this->runner_.reset();
+  }
+}
+
+TYPED_TEST(DeltasTest, ALargeTableMissesAnUpdateAsAWhole) {
+  constexpr int32_t kColumns = 5000, kSize = 4 * kColumns;
+  this->MakeManager();
+  this->table_ = this->Register(this->TableSpec(kColumns), Ints(kSize, 50));
+  this->Capture({kLarge}, kEmptyBody);  // the runner's graph, with an exec of the engine's beside it
+  ASSERT_OK(EngineBeginCapture(*this->stream()));
+  EXPECT_OK(this->manager().RecordPrologue(*this->stream(), kLarge));
+  ASSERT_OK_AND_ASSIGN(this->launch_, EngineEndCapture(*this->stream()));
+  const auto begin = [&](int64_t at) {
+    ASSERT_OK(this->Begin(kLarge, 4));
+    ASSERT_OK(this->Update(at, {1}));
+  };
+  begin(0);
+  ASSERT_OK(this->ReplayOf(kLarge, 4));
+  begin(19999);
+  ASSERT_OK(this->Arm(4));  // and is never launched
+  begin(9000);
+  ASSERT_OK(this->ReplayOf(kLarge, 4));
+  EXPECT_EQ(this->Table(), Ints(kSize, kDummy));
+  this->ExpectMissed(2, 1);
+  ASSERT_OK(this->Begin(kLarge, 4));
+  ASSERT_OK(this->Refill(this->table_, Ints(kSize, 3)));
+  ASSERT_OK(this->ReplayOf(kLarge, 4));
+  EXPECT_EQ(this->Table(), Ints(kSize, 3));
   this->ExpectClean();
 }
 
