@@ -146,7 +146,8 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
     return absl::ResourceExhaustedError(absl::StrCat("a manager holds at most ", buffers::kMaxBuffers, " buffers"));
   }
   const bool refilled = spec.role == Role::kRefilled;
-  const size_t late = refilled && impl.ring != nullptr ? StagingRing::Footprint(original.size()) : 0;
+  const size_t most = spec.deltas ? buffers::Deltas::MostBytes(original.size()) : original.size();  // of a step
+  const size_t late = refilled && impl.ring != nullptr ? StagingRing::Footprint(most) : 0;
   if (late > 0) {
     if (impl.late_bytes + late > impl.options.late_refill_bytes) {
       return absl::ResourceExhaustedError(absl::StrCat(
@@ -160,10 +161,15 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
   }
 
   std::byte* address = live.address();
+  buffers::Arena& arena = spec.role == Role::kConstant ? impl.constants : impl.writable;
   if (!adopt) {
-    buffers::Arena& arena = spec.role == Role::kConstant ? impl.constants : impl.writable;
     PRISTINE_ASSIGN_OR_RETURN(address, arena.Carve(original.size(), id));
   }
+  const auto undo = [&](absl::Status why) {
+    if (!adopt) arena.Uncarve();
+    if (record.shadow != nullptr) impl.shadows.Uncarve();
+    return why;
+  };
   state->spec = spec;
   state->bytes = original.size();
   state->original.assign(original.begin(), original.end());
@@ -172,14 +178,23 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
   if (spec.role != Role::kScratch) {
     state->watcher = std::make_unique<buffers::RegionWatcher>(impl.device, spec.name, *impl.reports, impl.control);
     const absl::Status started = state->watcher->Start(address, original.size(), element.bytes);
-    if (!started.ok()) {
-      if (!adopt) (spec.role == Role::kConstant ? impl.constants : impl.writable).Uncarve();
-      return started;
-    }
+    if (!started.ok()) return undo(started);
+  }
+  if (spec.deltas) {
+    const size_t shadow_bytes = buffers::ShadowBytes(static_cast<int64_t>(original.size()));
+    const absl::StatusOr<std::byte*> shadow = impl.shadows.Carve(shadow_bytes, id);
+    if (!shadow.ok()) return undo(shadow.status());
+    record.shadow = *shadow;
+    state->shadow_watcher = std::make_unique<buffers::RegionWatcher>(impl.device, absl::StrCat(spec.name, " (shadow)"),
+                                                                     *impl.reports, impl.control);
+    const absl::Status started = state->shadow_watcher->Start(*shadow, shadow_bytes, element.bytes);
+    if (!started.ok()) return undo(started);
+    state->deltas = std::make_unique<buffers::Deltas>(record);
+    impl.with_deltas.push_back(id);
   }
   if (refilled) {
     record.refilled = impl.refilled_buffers++;
-    state->values.resize(original.size());
+    if (!spec.deltas) state->values.resize(original.size());
     state->made_from.resize(spec.derived_from.size(), -1);
     impl.late_bytes += late;
   }
@@ -229,7 +244,8 @@ absl::Status BufferManager::Impl::Seal() {
   if (ring == nullptr) {
     size_t value_bytes = options.late_refill_bytes;
     for (const auto& buffer : buffers) {
-      if (buffer->spec.role == Role::kRefilled) value_bytes += StagingRing::Footprint(buffer->bytes);
+      const size_t most = buffer->spec.deltas ? buffers::Deltas::MostBytes(buffer->bytes) : buffer->bytes;
+      if (buffer->spec.role == Role::kRefilled) value_bytes += StagingRing::Footprint(most);
     }
     PRISTINE_ASSIGN_OR_RETURN(ring, StagingRing::Create(device, options.staging_slots,
                                                         refilled_buffers + buffers::kLateRefilled, value_bytes));
@@ -293,6 +309,13 @@ absl::Status BufferManager::Impl::Seal() {
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
   PRISTINE_RETURN_IF_ERROR(constants.Close(*stream));
   PRISTINE_RETURN_IF_ERROR(writable.Close(*stream));
+  PRISTINE_RETURN_IF_ERROR(shadows.Close(*stream));
+  for (size_t i = 0; i < count; ++i) {  // version 0: none that a step builds on
+    const BufferState& buffer = *buffers[first + i];
+    if (buffer.record.shadow == nullptr) continue;
+    const size_t shadow_bytes = buffers::ShadowBytes(static_cast<int64_t>(buffer.bytes));
+    PRISTINE_RETURN_IF_ERROR(stream->Fill({buffer.record.shadow, shadow_bytes}, std::byte{0}));
+  }
   buffers::PrologueParams params = Prologue(buffers::PrologueMode::kRestoreAll, {-1, -1}, 0, -1);
   params.first = chunk.table;
   params.num_chunks = 1;
@@ -323,13 +346,14 @@ buffers::PrologueParams BufferManager::Impl::Prologue(buffers::PrologueMode mode
       const BufferState& buffer = *buffers[static_cast<size_t>(chunks[static_cast<size_t>(i)].first + b)];
       const bool used = bucket.requests < 0 || buffers::UsedBy(buffer.spec, bucket);
       if (used && buffer.spec.role == Role::kRestored) params.restored_bytes += static_cast<int64_t>(buffer.bytes);
+      params.shadows |= used && buffer.spec.deltas;
     }
   }
   params.more = chunk_tables;
   params.num_chunks = covered_chunks;
   params.mode = mode;
   params.poison_scratch = options.poison_scratch;
-  params.judged = options.poison_scratch || params.busy_tiles == 0;
+  params.judged = options.poison_scratch || params.busy_tiles == 0 || params.shadows;
   params.neutralise = options.on_violation == OnViolation::kNeutralise;
   params.trap = options.on_violation == OnViolation::kTrap;
   params.bucket = bucket;

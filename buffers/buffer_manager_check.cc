@@ -139,7 +139,7 @@ absl::Status BufferManager::Impl::ReadBack(Stream& stream, bool refilled_too, bu
     if (wanted) out.buffers.push_back({id, place(buffer.bytes)});
   }
   out.bands.clear();
-  for (const buffers::Arena* arena : {&constants, &writable}) {
+  for (const buffers::Arena* arena : {&constants, &writable, &shadows}) {
     for (const GuardBand& band : arena->bands()) out.bands.push_back({&band, place(band.memory.size())});
   }
   out.bytes.resize(bytes);
@@ -213,6 +213,7 @@ absl::StatusOr<std::vector<Violation>> BufferManager::Verify(Stream& stream) {
   }
   impl.CheckBands(read, found);
   PRISTINE_RETURN_IF_ERROR(impl.CheckOriginals(stream, found));
+  PRISTINE_RETURN_IF_ERROR(impl.CheckShadows(stream, found));
   return found;
 }
 

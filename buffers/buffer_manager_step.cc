@@ -53,29 +53,10 @@ absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::
   const Impl::Call call(*impl_);
   if (!call.entered()) return SecondThread();
   Impl& impl = *impl_;
-  if (impl.Find(buffer) == nullptr) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("there is no buffer ", buffer, "; ids are in [0, ", impl.buffers.size(), ")"));
-  }
-  BufferState& state = *impl.buffers[static_cast<size_t>(buffer)];
+  PRISTINE_ASSIGN_OR_RETURN(BufferState* const taker, impl.Taker(buffer, element_bytes, "refill"));
+  BufferState& state = *taker;
   const std::string& name = state.spec.name;
   const int64_t capacity = state.record.capacity;
-  if (state.spec.role != Role::kRefilled) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("buffer ", name, " is ", ToString(state.spec.role), "; only refilled buffers take values"));
-  }
-  if (static_cast<int64_t>(element_bytes) != state.record.element_bytes) {
-    return absl::InvalidArgumentError(absl::StrCat("buffer ", name, " has elements of ", state.record.element_bytes,
-                                                   " bytes; the refill's have ", element_bytes));
-  }
-  if (!impl.step_open) {
-    return absl::FailedPreconditionError(absl::StrCat("refill of ", name, ": no step is open; call BeginStep first"));
-  }
-  if (!buffers::UsedBy(state.spec, impl.step_bucket)) {
-    return absl::FailedPreconditionError(absl::StrCat("buffer ", name, " belongs to bucket ",
-                                                      state.spec.only_bucket->ToString(), "; the open step is for ",
-                                                      impl.step_bucket.ToString()));
-  }
   if (static_cast<int64_t>(size) > capacity) {
     return absl::OutOfRangeError(
         absl::StrCat("refill of ", name, " with ", size, " elements; the buffer holds ", capacity));
@@ -85,15 +66,51 @@ absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::
     return absl::InvalidArgumentError(absl::StrCat("refill of ", name, " with ", size, " elements; extent ",
                                                    impl.step_extent.ToString(), " has ", expected));
   }
-  PRISTINE_RETURN_IF_ERROR(impl.Stage(state, values, static_cast<int64_t>(size)));
-  if (!values.empty()) std::memcpy(state.values.data(), values.data(), values.size());
-  state.count = static_cast<int64_t>(size);
-  state.extent = impl.step_extent;
-  state.refilled = state.generation;
-  for (size_t i = 0; i < state.made_from.size(); ++i) {
-    state.made_from[i] = impl.Find(state.spec.derived_from[i])->refilled;
+  if (state.deltas != nullptr) {
+    state.deltas->Refill(values);
+  } else {
+    PRISTINE_RETURN_IF_ERROR(impl.Stage(state, values, static_cast<int64_t>(size)));
+    if (!values.empty()) std::memcpy(state.values.data(), values.data(), values.size());
   }
+  impl.Given(state, static_cast<int64_t>(size));
   return absl::OkStatus();
+}
+
+absl::StatusOr<BufferState*> BufferManager::Impl::Taker(int buffer, size_t element_bytes, const char* call) {
+  if (Find(buffer) == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("there is no buffer ", buffer, "; ids are in [0, ", buffers.size(), ")"));
+  }
+  BufferState& state = *buffers[static_cast<size_t>(buffer)];
+  const std::string& name = state.spec.name;
+  if (state.spec.role != Role::kRefilled) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("buffer ", name, " is ", ToString(state.spec.role), "; only refilled buffers take values"));
+  }
+  if (static_cast<int64_t>(element_bytes) != state.record.element_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("buffer ", name, " has elements of ", state.record.element_bytes,
+                                                   " bytes; those of the ", call, " have ", element_bytes));
+  }
+  if (!step_open) {
+    return absl::FailedPreconditionError(absl::StrCat(call, " of ", name, ": no step is open; call BeginStep first"));
+  }
+  if (!buffers::UsedBy(state.spec, step_bucket)) {
+    return absl::FailedPreconditionError(absl::StrCat("buffer ", name, " belongs to bucket ",
+                                                      state.spec.only_bucket->ToString(), "; the open step is for ",
+                                                      step_bucket.ToString()));
+  }
+  return &state;
+}
+
+void BufferManager::Impl::Given(BufferState& buffer, int64_t count) {
+  ++buffer.generation;
+  buffer.step = step;
+  buffer.count = count;
+  buffer.extent = step_extent;
+  buffer.refilled = buffer.generation;
+  for (size_t i = 0; i < buffer.made_from.size(); ++i) {
+    buffer.made_from[i] = Find(buffer.spec.derived_from[i])->refilled;
+  }
 }
 
 absl::Status BufferManager::KeepBytes(int buffer) {
@@ -122,8 +139,13 @@ absl::Status BufferManager::KeepBytes(int buffer) {
                                                       state.extent.ToString(), "; the open step has ",
                                                       impl.step_extent.ToString()));
   }
-  const size_t bytes = static_cast<size_t>(state.count * state.record.element_bytes);
-  return impl.Stage(state, absl::MakeConstSpan(state.values).first(bytes), state.count);
+  if (state.deltas == nullptr) {
+    const size_t bytes = static_cast<size_t>(state.count * state.record.element_bytes);
+    PRISTINE_RETURN_IF_ERROR(impl.Stage(state, absl::MakeConstSpan(state.values).first(bytes), state.count));
+  }
+  ++state.generation;
+  state.step = impl.step;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::Impl::Stage(BufferState& buffer, absl::Span<const std::byte> values, int64_t count) {
@@ -131,8 +153,6 @@ absl::Status BufferManager::Impl::Stage(BufferState& buffer, absl::Span<const st
     return absl::Status(put.code(), absl::StrCat("refill of ", buffer.spec.name, ": ",
                                                  std::string(put.message().data(), put.message().size())));
   }
-  ++buffer.generation;
-  buffer.step = step;
   return absl::OkStatus();
 }
 
@@ -142,6 +162,7 @@ void BufferManager::Impl::TakeBackUnlaunchedStep() {
   if (!awaiting_launch.exchange(false)) return;
   --next_sequence;
   --replays;
+  for (const int id : with_deltas) buffers[static_cast<size_t>(id)]->deltas->TakeBack(next_sequence);
 }
 
 absl::Status BufferManager::Impl::CheckOrder(Stream& stream) {
@@ -238,6 +259,7 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
   GraphEntry& entry = graphs[static_cast<size_t>(graph)];
   PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
   PRISTINE_RETURN_IF_ERROR(CheckStep(entry, entry.bucket, extent));
+  PRISTINE_RETURN_IF_ERROR(StageDeltas(entry, extent));
   buffers::SlotHeader header;
   header.sequence = next_sequence;
   header.bucket = entry.bucket;
@@ -252,6 +274,7 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
     });
   }
   PRISTINE_RETURN_IF_ERROR(Deliver(stream, entry, header, exec));
+  ForEachWithDeltas(entry, [this](BufferState& buffer) { buffer.deltas->Sent(next_sequence); });
   entry.order = ++runs;
   entry.replay = static_cast<int64_t>(next_sequence);
   ++next_sequence;

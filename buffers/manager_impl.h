@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "buffers/arena.h"
+#include "buffers/deltas.h"
 #include "buffers/flight_log.h"
 #include "buffers/kernels/prologue.h"
 #include "buffers/reports.h"
@@ -55,8 +56,10 @@ struct BufferState {
   std::unique_ptr<RegionWatcher> watcher;
 
   // kRefilled only.
-  std::vector<std::byte> values;   // of the last Refill, for Keep
-  int64_t count = -1;              // elements in `values`; -1: never refilled
+  std::vector<std::byte> values;   // of the last Refill, for Keep; of a buffer with deltas empty
+  std::unique_ptr<Deltas> deltas;  // null: takes no deltas
+  std::unique_ptr<RegionWatcher> shadow_watcher;
+  int64_t count = -1;              // elements of the last values; -1: never given any
   Extent extent;                   // they were given for
   int64_t generation = 0;          // refills and keeps
   int64_t refilled = 0;            // generation of the last Refill: a Keep does not make derived buffers stale
@@ -131,7 +134,8 @@ class BufferManager::Impl {
       : device(its_device),
         options(its_options),
         constants(its_device, "constants"),
-        writable(its_device, "writable buffers") {}
+        writable(its_device, "writable buffers"),
+        shadows(its_device, "shadows") {}
 
   // Held for the length of a public call: finds a second thread inside one.
   class Call {
@@ -178,7 +182,15 @@ class BufferManager::Impl {
   template <int kPlace = 0>
   absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec);
   void TakeBackUnlaunchedStep();
+  // The buffer that takes values in the open step. `call`: what is asked for, in messages.
+  absl::StatusOr<buffers::BufferState*> Taker(int buffer, size_t element_bytes, const char* call);
   absl::Status Stage(buffers::BufferState& buffer, absl::Span<const std::byte> values, int64_t count);
+  // `buffer` has `count` new values for the open step.
+  void Given(buffers::BufferState& buffer, int64_t count);
+  // Calls `body` with each buffer with deltas that the graph of `entry` takes.
+  void ForEachWithDeltas(const buffers::GraphEntry& entry, absl::FunctionRef<void(buffers::BufferState& buffer)> body);
+  // Puts what the open step changes into its slot.
+  absl::Status StageDeltas(const buffers::GraphEntry& entry, const Extent& extent);
   size_t Poll(absl::Span<Violation> out);
   // Calls body(tail's place, buffer) for the buffers whose tails the flight recorder keeps in graphs of `bucket`.
   template <class Body>
@@ -200,6 +212,7 @@ class BufferManager::Impl {
   Violation BandDamage(const buffers::GuardBand& band, int64_t index, std::byte was, std::byte is) const;
   void CheckBands(const buffers::ReadBack& read, std::vector<Violation>& found) const;
   absl::Status CheckOriginals(Stream& stream, std::vector<Violation>& found) const;
+  absl::Status CheckShadows(Stream& stream, std::vector<Violation>& found) const;
 
   const buffers::BufferState* Find(int id) const {
     return id >= 0 && id < static_cast<int>(buffers.size()) ? buffers[static_cast<size_t>(id)].get() : nullptr;
@@ -218,8 +231,10 @@ class BufferManager::Impl {
 
   buffers::Arena constants;
   buffers::Arena writable;
+  buffers::Arena shadows;  // of buffers with deltas
   std::vector<buffers::Chunk> chunks;
   std::vector<std::unique_ptr<buffers::BufferState>> buffers;  // by id; those of one chunk follow each other
+  std::vector<int> with_deltas;                                // ids
   int sealed_buffers = 0;
   int refilled_buffers = 0;
   size_t late_bytes = 0;  // of kRefilled buffers registered after the first Seal

@@ -34,7 +34,7 @@ void StagingRing::Describe(const BufferRecord& record) {
   entry.buffer = record.id;
   entry.lower = record.lower;
   entry.upper = record.upper;
-  entry.integers = record.integers;
+  entry.integers = record.integers && record.shadow == nullptr;  // changes are no values
   entry.indptr = record.indptr;
 }
 
@@ -65,10 +65,16 @@ void StagingRing::WaitAll() {
 }
 
 absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int64_t count) {
+  PRISTINE_ASSIGN_OR_RETURN(std::byte* const to, Room(entry, values.size(), count));
+  if (!values.empty()) std::memcpy(to, values.data(), values.size());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::byte*> StagingRing::Room(int entry, size_t bytes, int64_t count) {
   auto* const all = reinterpret_cast<SlotEntry*>(slot_ + kSlotTable);
   SlotEntry& placed = all[entry];
   size_t& room = room_[static_cast<size_t>(entry)];
-  const size_t need = Footprint(std::max<size_t>(values.size(), 1));  // no two entries start at one place
+  const size_t need = Footprint(std::max<size_t>(bytes, 1));  // no two entries start at one place
   if (need > room) {
     const size_t more = need - room;
     if (used_ + more > stride_) {
@@ -88,8 +94,7 @@ absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int
     room = need;
   }
   placed.count = count;
-  if (!values.empty()) std::memcpy(slot_ + head_ + placed.offset, values.data(), values.size());
-  return absl::OkStatus();
+  return slot_ + head_ + placed.offset;
 }
 
 void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {

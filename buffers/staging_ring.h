@@ -34,6 +34,8 @@ class StagingRing {
   // Puts `values` into the open slot as entry `entry`; again for the same entry replaces them and gives back what they
   // occupied. RESOURCE_EXHAUSTED: full.
   absl::Status Put(int entry, absl::Span<const std::byte> values, int64_t count);
+  // The same, for the caller to write `bytes` there.
+  absl::StatusOr<std::byte*> Room(int entry, size_t bytes, int64_t count);
   // Blocks until no slot is being copied.
   void WaitAll();
   // What Pack writes, with a table of `entries` places.
