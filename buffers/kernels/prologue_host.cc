@@ -44,7 +44,7 @@ class Prologue {
       ++control_.neutralised;
     }
     Publish();
-    return violated_ && params_.trap ? 1 : 0;
+    return violated_ && params_.trap ? kKernelTrap : 0;
   }
 
  private:

@@ -106,6 +106,8 @@ absl::StatusOr<std::unique_ptr<Graph>> CudaGraph::Create(CudaDevice& device, cud
   return result;
 }
 
+CudaGraph::CudaGraph(CudaDevice& device, cudaGraph_t graph) : Graph(device), device_(device), graph_(graph) {}
+
 CudaGraph::~CudaGraph() {
   const CurrentContext current(device_.driver(), device_.context());
   const RelaxedCaptureMode relaxed;
@@ -208,8 +210,15 @@ CudaGraphExec::~CudaGraphExec() {
   cudaGetLastError();
 }
 
+absl::Status CudaGraphExec::DoUpload(Stream& stream) {
+  auto& on = static_cast<CudaStream&>(stream);  // GraphExec checked the device
+  PRISTINE_RETURN_IF_ERROR(on.UploadGraph(exec_));
+  launched_on_ = on.native_stream();
+  return absl::OkStatus();
+}
+
 absl::Status CudaGraphExec::DoLaunch(Stream& stream) {
-  auto& on = static_cast<CudaStream&>(stream);  // GraphExec::Launch checked the device
+  auto& on = static_cast<CudaStream&>(stream);  // GraphExec checked the device
   PRISTINE_RETURN_IF_ERROR(on.LaunchGraph(exec_));
   launched_on_ = on.native_stream();
   return absl::OkStatus();

@@ -25,7 +25,7 @@ class CudaGraph final : public Graph {
   ~CudaGraph() override;
 
  private:
-  CudaGraph(CudaDevice& device, cudaGraph_t graph) : device_(device), graph_(graph) {}
+  CudaGraph(CudaDevice& device, cudaGraph_t graph);
   absl::Status ReadNodes(const std::vector<NamedNode>& ours);
   absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const override;
 
@@ -40,12 +40,13 @@ class CudaGraphExec final : public GraphExec {
   ~CudaGraphExec() override;
 
  private:
+  absl::Status DoUpload(Stream& stream) override;
   absl::Status DoLaunch(Stream& stream) override;
 
   CudaDevice& device_;
   const cudaGraphExec_t exec_;
   const cudaEvent_t done_;                   // recorded only when an exec is destroyed, so that a launch pays nothing
-  std::weak_ptr<NativeStream> launched_on_;  // of the last launch; earlier launches end before it
+  std::weak_ptr<NativeStream> launched_on_;  // of the last launch or upload; earlier ones end before it
 };
 
 }  // namespace pristine

@@ -11,9 +11,10 @@ namespace {
 
 class HostGraphExec : public GraphExec {
  public:
-  HostGraphExec(const Device& device, std::shared_ptr<const OpList> ops) : GraphExec(device), ops_(std::move(ops)) {}
+  HostGraphExec(Device& device, std::shared_ptr<const OpList> ops) : GraphExec(device), ops_(std::move(ops)) {}
 
  private:
+  absl::Status DoUpload(Stream& stream) override { return static_cast<WorkQueue*>(stream.native())->status(); }
   absl::Status DoLaunch(Stream& stream) override {
     auto& queue = *static_cast<WorkQueue*>(stream.native());
     PRISTINE_RETURN_IF_ERROR(queue.status());
@@ -33,8 +34,8 @@ class HostGraphExec : public GraphExec {
 
 class HostGraph : public Graph {
  public:
-  HostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges)
-      : device_(device), ops_(std::make_shared<const OpList>(std::move(ops))) {
+  HostGraph(Device& device, OpList ops, std::vector<GraphEdge> edges)
+      : Graph(device), device_(device), ops_(std::make_shared<const OpList>(std::move(ops))) {
     std::vector<GraphNode> nodes;
     nodes.reserve(ops_->size());
     for (const Op& op : *ops_) nodes.push_back({op.kind, op.name, op.foreign(), nullptr});
@@ -46,13 +47,13 @@ class HostGraph : public Graph {
     return std::make_unique<HostGraphExec>(device_, ops_);
   }
 
-  const Device& device_;
+  Device& device_;
   const std::shared_ptr<const OpList> ops_;
 };
 
 }  // namespace
 
-std::unique_ptr<Graph> MakeHostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges) {
+std::unique_ptr<Graph> MakeHostGraph(Device& device, OpList ops, std::vector<GraphEdge> edges) {
   return std::make_unique<HostGraph>(device, std::move(ops), std::move(edges));
 }
 

@@ -10,7 +10,7 @@
 
 namespace pristine::host {
 
-std::unique_ptr<Graph> MakeHostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges);
+std::unique_ptr<Graph> MakeHostGraph(Device& device, OpList ops, std::vector<GraphEdge> edges);
 
 }  // namespace pristine::host
 

@@ -33,7 +33,9 @@ struct GraphEdge {
 // Immutable; may be destroyed while an exec made from it runs.
 class Graph {
  public:
-  virtual ~Graph() = default;
+  virtual ~Graph() { --device_.live_graphs_; }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
   const std::vector<GraphNode>& nodes() const {
     return nodes_;
   }  // in the order recorded; foreign nodes last where unknown
@@ -41,13 +43,15 @@ class Graph {
   // Graphviz text: a box per node, foreign ones dashed, an arrow per edge.
   std::string ToDot(const std::string& title) const;
   // Blocks while the driver builds (milliseconds on CUDA). FAILED_PRECONDITION: the graph allocates memory.
-  absl::StatusOr<std::unique_ptr<GraphExec>> Instantiate() const { return DoInstantiate(); }
+  absl::StatusOr<std::unique_ptr<GraphExec>> Instantiate() const;
 
  protected:
+  explicit Graph(Device& device) : device_(device) { ++device_.live_graphs_; }
   void SetNodes(std::vector<GraphNode> nodes, std::vector<GraphEdge> edges);  // reduces and sorts `edges`
 
  private:
   virtual absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const = 0;
+  Device& device_;
   std::vector<GraphNode> nodes_;
   std::vector<GraphEdge> edges_;
 };
@@ -56,17 +60,24 @@ class Graph {
 // destroyed while a launch is in flight: it is then retired, and the launch completes.
 class GraphExec {
  public:
-  virtual ~GraphExec() = default;
+  virtual ~GraphExec() { --device_.live_execs_; }
+  GraphExec(const GraphExec&) = delete;
+  GraphExec& operator=(const GraphExec&) = delete;
+  // Queues what the first launch would otherwise do before it runs: on CUDA, the copy of the graph to the device. Does
+  // not block. The same codes as Launch.
+  absl::Status Upload(Stream& stream);
   // Queues one run: after earlier work of `stream`, before later work. Does not block or allocate.
   // FAILED_PRECONDITION: `stream` is capturing. INVALID_ARGUMENT: it belongs to another device.
   absl::Status Launch(Stream& stream);
 
  protected:
-  explicit GraphExec(const Device& device) : device_(device) {}
+  explicit GraphExec(Device& device) : device_(device) { ++device_.live_execs_; }
 
  private:
+  absl::Status CheckStream(const char* call, Stream& stream) const;
+  virtual absl::Status DoUpload(Stream& stream) = 0;
   virtual absl::Status DoLaunch(Stream& stream) = 0;
-  const Device& device_;
+  Device& device_;
 };
 
 // Runs `body` once; what it queues on `stream`, and on streams that joined, is recorded and not executed. The stream is
