@@ -30,6 +30,10 @@ absl::Status CheckOptions(const ManagerOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("ManagerOptions::sample_every is ", options.sample_every, "; it must be at least 1"));
   }
+  if (options.parameter_bytes > ManagerOptions::kMaxParameterBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("ManagerOptions::parameter_bytes is ", options.parameter_bytes,
+                                                   "; at most ", ManagerOptions::kMaxParameterBytes));
+  }
   constexpr size_t kMaxLate = size_t{1} << 32;
   if (options.late_refill_bytes > kMaxLate) {
     return absl::InvalidArgumentError(
@@ -231,9 +235,15 @@ absl::Status BufferManager::Impl::Seal() {
                                                      " times; register more of them before a capture"));
   }
 
-  // The chunk's sealed memory: the table, then each original.
+  // The chunk's sealed memory: the tables, then each original.
   std::vector<size_t> offsets(count);
-  size_t bytes = RoundUp(count * sizeof(BufferRecord), 256);
+  const auto tiles_of = [](const BufferState& buffer) {
+    return (buffer.bytes + size_t{buffers::kTileBytes} - 1) / size_t{buffers::kTileBytes};
+  };
+  size_t tiles = 0;
+  for (size_t i = 0; i < count; ++i) tiles += tiles_of(*buffers[first + i]);
+  const size_t by_tile = RoundUp(count * sizeof(BufferRecord), 256);
+  size_t bytes = by_tile + RoundUp(tiles * sizeof(BufferRecord), 256);
   for (size_t i = 0; i < count; ++i) {
     offsets[i] = bytes;
     bytes += RoundUp(buffers[first + i]->bytes, 256);
@@ -248,11 +258,21 @@ absl::Status BufferManager::Impl::Seal() {
   for (size_t i = 0; i < count; ++i) {
     BufferState& buffer = *buffers[first + i];
     buffer.record.original = base + offsets[i];
-    buffer.record.first_tile = chunk.table.tiles;
-    const int64_t size = static_cast<int64_t>(buffer.bytes);
-    chunk.table.tiles += (size + buffers::kTileBytes - 1) / buffers::kTileBytes;
     std::memcpy(&contents[i * sizeof(BufferRecord)], &buffer.record, sizeof(BufferRecord));
     std::memcpy(&contents[offsets[i]], buffer.original.data(), buffer.bytes);
+  }
+  chunk.table.by_tile = reinterpret_cast<const BufferRecord*>(base + by_tile);
+  for (const bool written : {true, false}) {
+    for (size_t i = 0; i < count; ++i) {
+      const BufferState& buffer = *buffers[first + i];
+      if (written != (buffer.spec.role == Role::kRestored || buffer.spec.role == Role::kRefilled)) continue;
+      BufferRecord record = buffer.record;
+      for (const int64_t end = static_cast<int64_t>(tiles_of(buffer)); record.tile < end; ++record.tile) {
+        std::memcpy(&contents[by_tile + static_cast<size_t>(chunk.table.tiles++) * sizeof(record)], &record,
+                    sizeof(record));
+      }
+    }
+    if (written) chunk.table.busy_tiles = chunk.table.tiles;
   }
   PRISTINE_RETURN_IF_ERROR(chunk.originals.Write(0, contents));
   PRISTINE_RETURN_IF_ERROR(chunk.originals.Seal());
@@ -278,6 +298,7 @@ buffers::PrologueParams BufferManager::Impl::Prologue(buffers::PrologueMode mode
   for (int i = 0; i < covered_chunks; ++i) {
     params.chunks[i] = chunks[static_cast<size_t>(i)].table;
     params.tiles += params.chunks[i].tiles;
+    params.busy_tiles += params.chunks[i].busy_tiles;
     for (int b = 0; b < params.chunks[i].count; ++b) {
       const BufferState& buffer = *buffers[static_cast<size_t>(chunks[static_cast<size_t>(i)].first + b)];
       const bool used = bucket.requests < 0 || buffers::UsedBy(buffer.spec, bucket);
@@ -322,7 +343,7 @@ absl::StatusOr<int> BufferManager::Impl::EntryOf(const char* graph, const Extent
   buffers::GraphEntry entry;
   entry.graph = graph;
   entry.bucket = bucket;
-  graphs.push_back(entry);
+  graphs.push_back(std::move(entry));
   return static_cast<int>(graphs.size()) - 1;
 }
 

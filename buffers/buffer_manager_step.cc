@@ -188,7 +188,38 @@ absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Exten
   return absl::OkStatus();
 }
 
-absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& extent) {
+template <int kBytes>
+absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec) {
+  auto& params = std::get<buffers::InlinePrologueParams<kBytes>>(inline_params);
+  params.base = *entry.params;
+  ring->Pack(header, refilled_buffers, params.step);
+  entry.carries = true;  // also if it fails: what the node holds is unknown then
+  return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
+}
+
+absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, const buffers::SlotHeader& header,
+                                          GraphExec* exec) {
+  if (exec == nullptr || entry.node < 0) return ring->Send(stream, header);
+  if (entry.exec != exec) {  // of another runner with the same name
+    entry.exec = exec;
+    entry.carries = true;
+  }
+  if (ring->value_bytes() <= options.parameter_bytes) {
+    constexpr auto& kBytes = buffers::kInlineBytes;
+    const size_t need = ring->PackedBytes(refilled_buffers);
+    if (need <= kBytes[0]) return SetInline<kBytes[0]>(entry, header, *exec);
+    if (need <= kBytes[1]) return SetInline<kBytes[1]>(entry, header, *exec);
+    if (need <= kBytes[2]) return SetInline<kBytes[2]>(entry, header, *exec);
+    if (need <= kBytes[3]) return SetInline<kBytes[3]>(entry, header, *exec);
+  }
+  if (entry.carries) {
+    PRISTINE_RETURN_IF_ERROR(exec->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+    entry.carries = false;
+  }
+  return ring->Send(stream, header);
+}
+
+absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec) {
   GraphEntry& entry = graphs[static_cast<size_t>(graph)];
   if (stream.capturing()) {
     return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
@@ -202,7 +233,7 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
   header.check = options.check == ManagerOptions::Check::kAlways ||
                  (options.check == ManagerOptions::Check::kSampled &&
                   next_sequence % static_cast<uint64_t>(options.sample_every) == 0);
-  PRISTINE_RETURN_IF_ERROR(ring->Send(stream, header));
+  PRISTINE_RETURN_IF_ERROR(Deliver(stream, entry, header, exec));
   entry.order = ++runs;
   entry.replay = static_cast<int64_t>(next_sequence);
   ++next_sequence;
@@ -219,16 +250,20 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, c
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   // Nothing recorded: it arms an eager RecordPrologue, which covers all.
   if (entry.chunks == 0) entry.chunks = static_cast<int>(impl_->chunks.size());
-  return impl_->Arm(stream, graph, extent);
+  return impl_->Arm(stream, graph, extent, nullptr);
 }
 
 absl::Status BufferManager::Impl::LaunchPrologue(Stream& stream, int graph) {
   const GraphEntry& entry = graphs[static_cast<size_t>(graph)];
   PRISTINE_RETURN_IF_ERROR(CheckCapacities(entry.bucket, entry.chunks));
+  return Run(stream, ReplayPrologue(entry, graph));
+}
+
+buffers::PrologueParams BufferManager::Impl::ReplayPrologue(const GraphEntry& entry, int graph) const {
   buffers::PrologueParams params = Prologue(PrologueMode::kReplay, entry.bucket, entry.chunks, graph);
   params.restore = options.restore == ManagerOptions::Restore::kGraphHead;
   params.neutralise_restored = options.restore != ManagerOptions::Restore::kOff;
-  return Run(stream, params);
+  return params;
 }
 
 absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::PrologueParams& params) {
@@ -237,6 +272,18 @@ absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::ProloguePar
   if (stream.capturing()) return absl::OkStatus();
   last_stream = stream.native();
   return stream.Record(*replayed);
+}
+
+// Gives the node each size of parameters once: the first use of a kernel loads it, which must not happen in a replay.
+absl::Status BufferManager::Impl::TryInline(const GraphEntry& entry, GraphExec& exec) {
+  const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
+    params.base = *entry.params;
+    return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
+  };
+  absl::Status status;
+  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params);
+  status.Update(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+  return status;
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
@@ -286,6 +333,12 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const RunInfo& info) 
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   entry.chunks = static_cast<int>(impl_->chunks.size());
+  // Where other nodes come first, which of them is the prologue is not known: its steps come through the ring.
+  PRISTINE_ASSIGN_OR_RETURN(const bool at_head, stream.AtCaptureHead());
+  entry.recording = nullptr;
+  if (at_head) {
+    entry.recording = std::make_unique<buffers::PrologueParams>(impl_->ReplayPrologue(entry, graph));
+  }
   return impl_->LaunchPrologue(stream, graph);
 }
 
@@ -295,11 +348,21 @@ void BufferManager::AfterCapture(const RunInfo& info, const absl::Status& outcom
   const absl::StatusOr<int> graph = impl_->EntryOf(info.graph, info.bucket);
   if (!graph.ok()) return;
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(*graph)];
-  if (outcome.ok()) {
-    entry.chunks_before = entry.chunks;
-  } else {
+  if (!outcome.ok()) {
     entry.chunks = entry.chunks_before;
+    return;
   }
+  entry.chunks_before = entry.chunks;
+  entry.params = std::move(entry.recording);
+  entry.exec = info.exec;
+  entry.node = -1;
+  entry.carries = false;
+  if (entry.params == nullptr || impl_->options.parameter_bytes == 0) return;
+  const std::vector<GraphNode>& nodes = info.captured->nodes();
+  for (size_t i = 0; i < nodes.size() && entry.node < 0; ++i) {
+    if (!nodes[i].foreign) entry.node = static_cast<int>(i);  // the first that was recorded through Stream
+  }
+  if (!impl_->TryInline(entry, *info.exec).ok()) entry.node = -1;
 }
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
@@ -307,7 +370,7 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
   if (!call.entered()) return SecondThread();
   impl_->TakeBackUnlaunchedStep();
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
-  PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, info.extent));
+  PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, info.extent, info.exec));
   impl_->awaiting_launch = true;
   return absl::OkStatus();
 }

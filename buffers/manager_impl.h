@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -17,6 +18,7 @@
 #include "buffers/reports.h"
 #include "buffers/staging_ring.h"
 #include "pristine/buffers/buffer_manager.h"
+#include "pristine/graph_runtime/graph.h"
 
 namespace pristine {
 
@@ -74,6 +76,13 @@ struct GraphEntry {
   int chunks_before = 0;  // of the last capture that succeeded: a failed recapture leaves that graph in place
   int64_t order = 0;      // of its last run among all runs; 0: none
   int64_t replay = 0;     // the step of that run; 0: a capture or warm-up
+
+  // Of a GraphRunner's graph, whose prologue node may be given other parameters.
+  std::unique_ptr<PrologueParams> params;     // as captured
+  std::unique_ptr<PrologueParams> recording;  // of the capture that has not ended; null: not at its head
+  const GraphExec* exec = nullptr;
+  int node = -1;         // in `exec`; -1: its steps come through the ring
+  bool carries = false;  // the node's parameters hold a step, and must be put back before a step comes through the ring
 };
 
 // What Verify and FindPolluter look at, copied back.
@@ -131,13 +140,20 @@ class BufferManager::Impl {
 
   buffers::PrologueParams Prologue(buffers::PrologueMode mode, const Extent& bucket, int chunks, int graph) const;
   absl::Status LaunchPrologue(Stream& stream, int graph);
+  buffers::PrologueParams ReplayPrologue(const buffers::GraphEntry& entry, int graph) const;
+  absl::Status TryInline(const buffers::GraphEntry& entry, GraphExec& exec);
   // `compare`: constants that differ from their originals are reported before they are put back.
   absl::Status RestoreAll(Stream& stream, const Extent& bucket, bool restored_too, bool compare);
   // Launches or records a prologue. A launched one counts as the manager's last work, as a replay does.
   absl::Status Run(Stream& stream, const buffers::PrologueParams& params);
   absl::Status CheckOrder(Stream& stream);
   absl::Status CheckStep(const buffers::GraphEntry& entry, const Extent& bucket, const Extent& extent) const;
-  absl::Status Arm(Stream& stream, int graph, const Extent& extent);
+  // `exec`: of the GraphRunner that launches next; null: an engine does.
+  absl::Status Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec);
+  // Hands the step to the prologue, in its parameters if it is small, through the ring otherwise.
+  absl::Status Deliver(Stream& stream, buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec* exec);
+  template <int kBytes>
+  absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec);
   void TakeBackUnlaunchedStep();
   absl::Status Stage(buffers::BufferState& buffer, absl::Span<const std::byte> values, int64_t count);
   size_t Poll(absl::Span<Violation> out);
@@ -175,8 +191,12 @@ class BufferManager::Impl {
   std::vector<std::unique_ptr<buffers::RegionWatcher>> protected_regions;
 
   std::unique_ptr<buffers::StagingRing> ring;  // from the first Seal on
-  uint64_t next_sequence = 1;                  // of the step that is armed next
-  int64_t step = 0;                            // steps begun
+  std::tuple<
+      buffers::InlinePrologueParams<buffers::kInlineBytes[0]>, buffers::InlinePrologueParams<buffers::kInlineBytes[1]>,
+      buffers::InlinePrologueParams<buffers::kInlineBytes[2]>, buffers::InlinePrologueParams<buffers::kInlineBytes[3]>>
+      inline_params{};         // where they are put together
+  uint64_t next_sequence = 1;  // of the step that is armed next
+  int64_t step = 0;            // steps begun
   bool step_open = false;
   Extent step_bucket;
   Extent step_extent;

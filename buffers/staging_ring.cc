@@ -11,8 +11,8 @@ namespace pristine::buffers {
 absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device, int slots, int entries,
                                                                  size_t value_bytes) {
   auto ring = std::unique_ptr<StagingRing>(new StagingRing);
-  const size_t head = sizeof(SlotHeader) + static_cast<size_t>(entries) * sizeof(SlotEntry);
-  ring->stride_ = (head + value_bytes + 255) / 256 * 256;
+  ring->head_ = sizeof(SlotHeader) + static_cast<size_t>(entries) * sizeof(SlotEntry);
+  ring->stride_ = (ring->head_ + value_bytes + 255) / 256 * 256;
   ring->entries_ = entries;
   ring->room_.resize(static_cast<size_t>(entries));
   const size_t bytes = ring->stride_ * static_cast<size_t>(slots);
@@ -20,7 +20,7 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
   PRISTINE_ASSIGN_OR_RETURN(ring->device_, device.Allocate(bytes, "staging slots on the device"));
   for (int i = 0; i < slots; ++i) {
     PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Event> event, device.CreateEvent());
-    ring->copied_.push_back(std::move(event));
+    ring->copied_.push_back({std::move(event), false});
   }
   // A device slot that was never sent must not look armed.
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
@@ -30,24 +30,29 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
 }
 
 absl::Status StagingRing::Open(uint64_t sequence) {
-  PRISTINE_ASSIGN_OR_RETURN(const bool free, CopiedOf(sequence).IsReached());
-  if (!free) {
+  if (Copied& copied = CopiedOf(sequence); copied.pending) {
+    PRISTINE_ASSIGN_OR_RETURN(const bool free, copied.event->IsReached());
+    copied.pending = !free;
+  }
+  if (CopiedOf(sequence).pending) {
     return absl::ResourceExhaustedError(absl::StrCat("all ", slots(),
                                                      " staging slots are in flight: the slot for step ", sequence,
                                                      " still holds values that have not been copied; see WaitForSlot"));
   }
   sequence_ = sequence;
   slot_ = pinned_.host() + (sequence % copied_.size()) * stride_;
-  used_ = sizeof(SlotHeader) + static_cast<size_t>(entries_) * sizeof(SlotEntry);
-  std::memset(slot_, 0, used_);
+  used_ = head_;
+  std::fill_n(reinterpret_cast<SlotEntry*>(slot_ + sizeof(SlotHeader)), entries_, SlotEntry());
   std::fill(room_.begin(), room_.end(), 0);
   return absl::OkStatus();
 }
 
-absl::Status StagingRing::Wait(uint64_t sequence) { return CopiedOf(sequence).Synchronize(); }
+absl::Status StagingRing::Wait(uint64_t sequence) {
+  return CopiedOf(sequence).pending ? CopiedOf(sequence).event->Synchronize() : absl::OkStatus();
+}
 
 void StagingRing::WaitAll() {
-  for (const std::unique_ptr<Event>& copied : copied_) copied->Synchronize().IgnoreError();
+  for (const Copied& copied : copied_) copied.event->Synchronize().IgnoreError();
 }
 
 absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int64_t count) {
@@ -61,10 +66,10 @@ absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int
       return absl::ResourceExhaustedError(
           absl::StrCat("the staging slot is full: ", more, " bytes wanted, ", stride_ - used_, " left of ", stride_));
     }
-    if (placed.offset == 0) {
-      placed.offset = static_cast<int64_t>(used_);
+    if (placed.offset < 0) {
+      placed.offset = static_cast<int64_t>(used_ - head_);
     } else {  // the entries behind it make room, so that a slot never needs more than the buffers' capacities
-      std::byte* const end = slot_ + placed.offset + room;
+      std::byte* const end = slot_ + head_ + placed.offset + room;
       std::memmove(end + more, end, static_cast<size_t>(slot_ + used_ - end));
       for (int i = 0; i < entries_; ++i) {
         if (all[i].offset > placed.offset) all[i].offset += static_cast<int64_t>(more);
@@ -74,15 +79,25 @@ absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int
     room = need;
   }
   placed.count = count;
-  if (!values.empty()) std::memcpy(slot_ + placed.offset, values.data(), values.size());
+  if (!values.empty()) std::memcpy(slot_ + head_ + placed.offset, values.data(), values.size());
   return absl::OkStatus();
 }
 
-absl::Status StagingRing::Send(Stream& stream, const SlotHeader& header) {
+void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {
+  const size_t table = static_cast<size_t>(entries) * sizeof(SlotEntry);
+  header.values = static_cast<uint32_t>(sizeof(header) + table);
+  std::memcpy(to, &header, sizeof(header));
+  std::memcpy(to + sizeof(header), slot_ + sizeof(header), table);
+  std::memcpy(to + header.values, slot_ + head_, value_bytes());
+}
+
+absl::Status StagingRing::Send(Stream& stream, SlotHeader header) {
+  header.values = static_cast<uint32_t>(head_);
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(device_.As<std::byte>().Sub(start, used_), {slot_, used_}));
-  return stream.Record(CopiedOf(sequence_));
+  CopiedOf(sequence_).pending = true;
+  return stream.Record(*CopiedOf(sequence_).event);
 }
 
 }  // namespace pristine::buffers

@@ -1,5 +1,6 @@
 // StagingRing: where a step's values wait between Refill and the prologue that places them. A pinned slot per step in
-// flight, which the host fills, and a device slot for each, which a prologue reads.
+// flight, which the host fills, and a device slot for each, which a prologue reads. A small step is packed into the
+// prologue's parameters instead, and its slots stay free.
 #ifndef PRISTINE_BUFFERS_STAGING_RING_H_
 #define PRISTINE_BUFFERS_STAGING_RING_H_
 
@@ -32,8 +33,16 @@ class StagingRing {
   absl::Status Put(int entry, absl::Span<const std::byte> values, int64_t count);
   // Blocks until no slot is being copied.
   void WaitAll();
+  // What Pack writes, with a table of `entries` places.
+  size_t PackedBytes(int entries) const {
+    return sizeof(SlotHeader) + static_cast<size_t>(entries) * sizeof(SlotEntry) + value_bytes();
+  }
+  // Of the open slot's values.
+  size_t value_bytes() const { return used_ - head_; }
+  // Copies the open slot to `to`, the rest of its table left out.
+  void Pack(SlotHeader header, int entries, std::byte* to) const;
   // Queues the copy of the open slot to the device; the pinned slot is busy until it has run.
-  absl::Status Send(Stream& stream, const SlotHeader& header);
+  absl::Status Send(Stream& stream, SlotHeader header);
 
   const std::byte* device_slots() const { return device_.As<std::byte>().address(); }
   int64_t stride() const { return static_cast<int64_t>(stride_); }
@@ -45,13 +54,18 @@ class StagingRing {
 
  private:
   StagingRing() = default;
-  Event& CopiedOf(uint64_t sequence) { return *copied_[sequence % copied_.size()]; }
+  struct Copied {
+    std::unique_ptr<Event> event;  // the last copy out of the slot
+    bool pending = false;          // it may not have run yet
+  };
+  Copied& CopiedOf(uint64_t sequence) { return copied_[sequence % copied_.size()]; }
 
   PinnedBuffer pinned_;
   DeviceBuffer device_;
-  std::vector<std::unique_ptr<Event>> copied_;  // per slot: the last copy out of it
-  std::vector<size_t> room_;                    // per entry: bytes it occupies in the open slot
+  std::vector<Copied> copied_;  // per slot
+  std::vector<size_t> room_;    // per entry: bytes it occupies in the open slot
   size_t stride_ = 0;
+  size_t head_ = 0;  // header and table
   int entries_ = 0;
   uint64_t sequence_ = 0;  // of the open slot
   std::byte* slot_ = nullptr;

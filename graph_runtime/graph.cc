@@ -129,6 +129,25 @@ absl::Status GraphExec::Launch(Stream& stream) {
   return device_.Settle("GraphExec::Launch", DoLaunch(stream));
 }
 
+absl::Status GraphExec::SetKernelParams(int node, const KernelCall& call) {
+  PRISTINE_RETURN_IF_ERROR(device_.Admit(Operation::kSetParams, call.name));
+  return device_.Settle("GraphExec::SetKernelParams", DoSetKernelParams(node, call));
+}
+
+absl::Status GraphExec::CheckCall(int node, const std::vector<GraphNode>& nodes, const KernelCall& call) {
+  if (node < 0 || node >= static_cast<int>(nodes.size())) {
+    return absl::OutOfRangeError(
+        absl::StrCat("SetKernelParams: node ", node, " of a graph with ", nodes.size(), " nodes"));
+  }
+  const GraphNode& found = nodes[node];
+  if (found.kind != GraphNode::Kind::kKernel || found.foreign || found.name != call.name) {
+    return absl::InvalidArgumentError(absl::StrCat("SetKernelParams: node ", node, " is ",
+                                                   found.foreign ? "the foreign " : "", found.name, ", not the kernel ",
+                                                   call.name));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream, absl::FunctionRef<absl::Status(Stream&)> body) {
   if (stream.capturing()) return absl::FailedPreconditionError("Capture: the stream is capturing already");
   Device& device = stream.device();

@@ -75,7 +75,7 @@ absl::Status GraphRunner::CaptureBucket(Stream& stream, int index) {
   const ScopedRange range("capture");
   const auto start = std::chrono::steady_clock::now();
   const Extent& bucket = options_.buckets[index];
-  const RunInfo info = {options_.name.c_str(), bucket, bucket, 0};
+  const RunInfo info = {options_.name.c_str(), bucket, bucket, 0, nullptr, nullptr};
   Entry made;
   const auto before_capture = [&]() -> absl::Status {
     for (GraphHook* hook : hooks_) PRISTINE_RETURN_IF_ERROR(hook->BeforeCapture(stream, info));
@@ -98,12 +98,15 @@ absl::Status GraphRunner::CaptureBucket(Stream& stream, int index) {
     return made.exec->Upload(stream);
   };
   const absl::Status outcome = capture();
+  RunInfo captured = info;
   if (outcome.ok()) {
+    captured.exec = made.exec.get();
+    captured.captured = made.graph.get();
     entries_[index] = std::move(made);
     ++stats_.captures;
   }
   stats_.capture_ms += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-  for (GraphHook* hook : hooks_) hook->AfterCapture(info, outcome);
+  for (GraphHook* hook : hooks_) hook->AfterCapture(captured, outcome);
   return outcome;
 }
 
@@ -141,7 +144,7 @@ absl::Status GraphRunner::Replay(Stream& stream, const Extent& bucket, const Ext
     return absl::FailedPreconditionError(absl::StrCat("Replay: '", options_.name, "': the stream is capturing"));
   }
   PRISTINE_RETURN_IF_ERROR(stream.device().status());
-  const RunInfo info = {options_.name.c_str(), bucket, extent, stats_.replays + 1};
+  const RunInfo info = {options_.name.c_str(), bucket, extent, stats_.replays + 1, entries_[index].exec.get(), nullptr};
   absl::Status outcome;
   size_t ready = 0;  // hooks that agreed, and are owed an AfterReplay
   while (ready < hooks_.size()) {

@@ -18,11 +18,11 @@ inline constexpr int kMaxSlots = 64;
 inline constexpr int64_t kTileBytes = 16 << 10;  // of one buffer: what one block handles at a time
 
 // What the kernel knows of a buffer. Rules are resolved to numbers when it is registered (rules.h).
-struct BufferRecord {
+struct alignas(16) BufferRecord {
   const std::byte* original = nullptr;
   std::byte* live = nullptr;
   int64_t capacity = 0;  // elements
-  int64_t first_tile = 0;
+  int64_t tile = 0;      // in a table of tiles: which of the buffer's
   int64_t element_bytes = 0;
   int32_t id = 0;
   int32_t refilled = -1;  // place in a slot's entry table; -1: not kRefilled
@@ -42,22 +42,27 @@ struct BufferRecord {
 
 struct ChunkTable {
   const BufferRecord* records = nullptr;
+  // A record for each tile, so that a block finds its work with one load. First those of buffers that every replay
+  // writes.
+  const BufferRecord* by_tile = nullptr;
   int64_t tiles = 0;
+  int64_t busy_tiles = 0;
   int32_t count = 0;
 };
 
-// One staging slot: header, entry table, values.
+// A step on its way to the prologue, in a staging slot or in the kernel's own parameters: header, entry table, values.
 struct SlotHeader {
   uint64_t sequence = 0;  // the step that armed it; 0: none yet
   Extent bucket;
   Extent extent;
-  uint32_t check = 0;  // compare constants and restored buffers with their originals
-  uint32_t unused[9] = {};
+  uint32_t check = 0;   // compare constants and restored buffers with their originals
+  uint32_t values = 0;  // where the values begin, from the start of the header
+  uint32_t unused[8] = {};
 };
 static_assert(sizeof(SlotHeader) == 64);
 struct SlotEntry {
-  int64_t offset = 0;  // of the values, from the start of the slot; 0: none
-  int64_t count = 0;   // elements
+  int64_t offset = -1;  // of the entry's values, from the first of all; negative: none
+  int64_t count = 0;    // elements
 };
 
 // Device memory that only prologues write.
@@ -66,9 +71,7 @@ struct Control {
   uint64_t current = 0;   // the step whose body runs; 0: a capture or warm-up
   uint64_t reports = 0;   // ReportRing::count
   int32_t graph = -1;     // of the body that runs
-  uint32_t ticket = 0;    // blocks done
-  uint32_t changed = 0;   // a kRestored buffer was found changed
-  uint32_t flawed = 0;    // some entry of PrologueParams::first_bad is set
+  uint64_t ticket = 0;    // what the blocks that are done have found (prologue_cuda.cu)
   int64_t restored_bytes = 0;
   int64_t expected_writes = 0;
   int64_t healed = 0;
@@ -106,8 +109,9 @@ struct PrologueParams {
   const std::byte* slots = nullptr;
   int64_t slot_stride = 0;
   uint32_t num_slots = 0;
-  int32_t blocks = 1;          // of the CUDA launch
-  int64_t tiles = 0;           // of all chunks
+  int32_t blocks = 1;  // of the CUDA launch
+  int64_t tiles = 0;   // of all chunks
+  int64_t busy_tiles = 0;
   int64_t restored_bytes = 0;  // in kRestored buffers of the bucket
   Control* control = nullptr;
   int64_t* first_bad = nullptr;  // by buffer id: first index that is wrong, or kNoIndex
@@ -117,11 +121,39 @@ struct PrologueParams {
 
 int PrologueHost(const PrologueParams& params);
 int PrologueCuda(CUstream_st* stream, const PrologueParams& params);
+CudaLaunch PrologueCudaLaunch(const PrologueParams& params);
 // Reads the chunks' tables, which on Host the caller may.
 void PrologueWrites(const PrologueParams& params, WriteList& writes);
 
+// Takes its step from a staging slot: the newest one.
 inline constexpr Kernel<PrologueParams> kPrologue = {"pristine_prologue", PrologueHost, PRISTINE_CUDA(PrologueCuda),
-                                                     PrologueWrites};
+                                                     PrologueWrites, PRISTINE_CUDA(PrologueCudaLaunch)};
+
+// Carries its step itself: nothing has to be copied to the device ahead of the launch. In a few sizes, since the cost
+// of setting a node's parameters grows with theirs.
+template <int kBytes>
+struct InlinePrologueParams {
+  PrologueParams base;
+  alignas(16) std::byte step[kBytes];
+};
+inline constexpr int kInlineBytes[] = {1280, 2560, 5120, 8704};
+
+template <int kBytes>
+int InlinePrologueHost(const InlinePrologueParams<kBytes>& params);
+template <int kBytes>
+int InlinePrologueCuda(CUstream_st* stream, const InlinePrologueParams<kBytes>& params);
+template <int kBytes>
+CudaLaunch InlinePrologueCudaLaunch(const InlinePrologueParams<kBytes>& params);
+template <int kBytes>
+void InlinePrologueWrites(const InlinePrologueParams<kBytes>& params, WriteList& writes) {
+  PrologueWrites(params.base, writes);
+}
+
+// By name the same kernel: a node may be given any of them.
+template <int kBytes>
+inline constexpr Kernel<InlinePrologueParams<kBytes>> kInlinePrologue = {
+    kPrologue.name, InlinePrologueHost<kBytes>, PRISTINE_CUDA(InlinePrologueCuda<kBytes>), InlinePrologueWrites<kBytes>,
+    PRISTINE_CUDA(InlinePrologueCudaLaunch<kBytes>)};
 
 }  // namespace pristine::buffers
 

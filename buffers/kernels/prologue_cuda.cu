@@ -7,43 +7,49 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// What every block works out for itself from the ring, alike: only the last block to finish changes it.
+// What every thread works out for itself, alike: only the last block to finish changes what it reads.
 struct Step {
   uint64_t newest;
   uint64_t consumed;
-  uint64_t replay;        // as reports name it
-  const std::byte* slot;  // null: nothing to place
+  uint64_t replay;           // as reports name it
+  const SlotEntry* entries;  // null: nothing to place
+  const std::byte* values;
   int32_t requests, tokens;
   int32_t other_requests, other_tokens;  // of the step's bucket, where it is not the graph's
   bool check;
   bool not_armed, armed_twice, wrong_bucket;
 };
 
+// What the blocks that are done have found, in one number, so that the last of them knows after its one atomic: how
+// many blocks, how many of them found something wrong, how many a changed kRestored buffer.
+constexpr int kTicketBits = 20;
+constexpr uint64_t kTicketMask = (uint64_t{1} << kTicketBits) - 1;
+constexpr uint64_t kBlockDone = 1;
+constexpr uint64_t kBlockFlawed = uint64_t{1} << kTicketBits;
+constexpr uint64_t kBlockChanged = uint64_t{1} << (2 * kTicketBits);
+
+// What one thread found in its block's tiles.
+enum Found : int { kNothing = 0, kFlawed = 1, kChanged = 2 };
+
 __device__ int32_t KindOf(Violation::Kind kind) { return static_cast<int32_t>(kind); }
 
-// A slot's header. Each is loaded by a thread of its own, so that all of them cost one round trip to memory.
+// What a step's header says.
 struct Armed {
   uint64_t sequence;
   int32_t bucket_requests, bucket_tokens, requests, tokens;
   uint32_t check;
+  uint32_t values;
 };
 
-__device__ Armed ReadSlot(const PrologueParams& p, uint32_t slot) {
-  const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(p.slots + static_cast<int64_t>(slot) * p.slot_stride);
-  return {header.sequence,        header.bucket.requests, header.bucket.tokens,
-          header.extent.requests, header.extent.tokens,   header.check};
+__device__ Armed ReadHeader(const SlotHeader& header) {
+  return {header.sequence,      header.bucket.requests, header.bucket.tokens, header.extent.requests,
+          header.extent.tokens, header.check,           header.values};
 }
 
-__device__ Step ChooseStep(const PrologueParams& p, const Armed* slots, uint64_t consumed) {
+__device__ Step TakeStep(const PrologueParams& p, const std::byte* image, const Armed& armed, uint64_t consumed) {
   Step step = {};
   step.requests = p.bucket.requests;
   step.tokens = p.bucket.tokens;
-  if (p.mode != PrologueMode::kReplay) return step;
-  uint32_t newest = 0;
-  for (uint32_t i = 1; i < p.num_slots; ++i) {
-    if (slots[i].sequence > slots[newest].sequence) newest = i;
-  }
-  const Armed& armed = slots[newest];
   step.newest = armed.sequence;
   step.consumed = consumed;
   step.not_armed = step.newest <= consumed;
@@ -57,8 +63,34 @@ __device__ Step ChooseStep(const PrologueParams& p, const Armed* slots, uint64_t
   step.requests = armed.requests;
   step.tokens = armed.tokens;
   step.check = armed.check != 0;
-  step.slot = p.slots + static_cast<int64_t>(newest) * p.slot_stride;
+  step.entries = reinterpret_cast<const SlotEntry*>(image + sizeof(SlotHeader));
+  step.values = image + armed.values;
   return step;
+}
+
+// The step of a captured replay is `carried`, or that of the newest slot if that is null. By all threads.
+__device__ Step FindStep(const PrologueParams& p, const std::byte* carried) {
+  if (p.mode != PrologueMode::kReplay) {
+    Step step = {};
+    step.requests = p.bucket.requests;
+    step.tokens = p.bucket.tokens;
+    return step;
+  }
+  const uint64_t consumed = p.control->consumed;
+  if (carried != nullptr) {
+    return TakeStep(p, carried, ReadHeader(*reinterpret_cast<const SlotHeader*>(carried)), consumed);
+  }
+  __shared__ Armed slots[kMaxSlots];  // each loaded by a thread of its own: one round trip to memory
+  const auto image = [&](uint32_t slot) { return p.slots + static_cast<int64_t>(slot) * p.slot_stride; };
+  if (threadIdx.x < p.num_slots) {
+    slots[threadIdx.x] = ReadHeader(*reinterpret_cast<const SlotHeader*>(image(threadIdx.x)));
+  }
+  __syncthreads();
+  uint32_t newest = 0;
+  for (uint32_t i = 1; i < p.num_slots; ++i) {
+    if (slots[i].sequence > slots[newest].sequence) newest = i;
+  }
+  return TakeStep(p, image(newest), slots[newest], consumed);
 }
 
 __device__ bool Covers(const PrologueParams& p, const BufferRecord& record) {
@@ -92,22 +124,36 @@ __device__ bool Aligned16(const void* a, const void* b) {
   return ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) & 15) == 0;
 }
 
+__device__ bool Differ(const int4& a, const int4& b) {
+  return ((a.x ^ b.x) | (a.y ^ b.y) | (a.z ^ b.z) | (a.w ^ b.w)) != 0;
+}
+
 // [begin, end) in bytes, by all threads of the block. Returns whether this thread found a byte that differed, where
 // `compare`.
 __device__ bool CopyBytes(std::byte* to, const std::byte* from, int64_t begin, int64_t end, bool compare) {
   bool differs = false;
   int64_t done = begin;
   if (Aligned16(to + begin, from + begin)) {
+    constexpr int kBatch = 4;  // loads in flight per thread: a tile in one go
     const int64_t words = (end - begin) / 16;
     int4* const wide_to = reinterpret_cast<int4*>(to + begin);
     const int4* const wide_from = reinterpret_cast<const int4*>(from + begin);
-    for (int64_t i = threadIdx.x; i < words; i += kThreads) {
-      const int4 value = wide_from[i];
-      if (compare) {
-        const int4 old = wide_to[i];
-        differs |= old.x != value.x || old.y != value.y || old.z != value.z || old.w != value.w;
+    for (int64_t first = threadIdx.x; first < words; first += kBatch * kThreads) {
+      int4 values[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (first + k * kThreads < words) values[k] = wide_from[first + k * kThreads];
       }
-      wide_to[i] = value;
+      if (compare) {
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if (first + k * kThreads < words) differs |= Differ(values[k], wide_to[first + k * kThreads]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (first + k * kThreads < words) wide_to[first + k * kThreads] = values[k];
+      }
     }
     done += words * 16;
   }
@@ -123,13 +169,13 @@ __device__ void FillBytes(std::byte* to, int64_t begin, int64_t end, std::byte v
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) to[i] = value;
 }
 
-__device__ void NoteBad(const PrologueParams& p, const BufferRecord& record, int64_t index) {
+__device__ int NoteBad(const PrologueParams& p, const BufferRecord& record, int64_t index) {
   atomicMin(reinterpret_cast<long long*>(&p.first_bad[record.id]), static_cast<long long>(index));
-  atomicOr(&p.control->flawed, 1u);
+  return kFlawed;
 }
 
 // The first element of the tile that differs from the original, if any.
-__device__ void CompareTile(const PrologueParams& p, const BufferRecord& record, int64_t begin, int64_t end) {
+__device__ int CompareTile(const PrologueParams& p, const BufferRecord& record, int64_t begin, int64_t end) {
   const std::byte* const live = record.live;
   const std::byte* const original = record.original;
   int64_t done = begin;
@@ -138,20 +184,17 @@ __device__ void CompareTile(const PrologueParams& p, const BufferRecord& record,
     for (int64_t i = threadIdx.x; i < words; i += kThreads) {
       const int4 a = reinterpret_cast<const int4*>(live + begin)[i];
       const int4 b = reinterpret_cast<const int4*>(original + begin)[i];
-      if (a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w) continue;
+      if (!Differ(a, b)) continue;
       int64_t byte = begin + i * 16;
       while (live[byte] == original[byte]) ++byte;
-      NoteBad(p, record, byte / record.element_bytes);
-      break;
+      return NoteBad(p, record, byte / record.element_bytes);
     }
     done += words * 16;
   }
   for (int64_t i = done + threadIdx.x; i < end; i += kThreads) {
-    if (live[i] != original[i]) {
-      NoteBad(p, record, i / record.element_bytes);
-      break;
-    }
+    if (live[i] != original[i]) return NoteBad(p, record, i / record.element_bytes);
   }
+  return kNothing;
 }
 
 // Pads elements [real, TailEnd) of a tile of an int32 buffer with `value`.
@@ -187,66 +230,57 @@ __device__ int32_t Bound(const BufferRecord& record, const int32_t* values, int6
   return value;
 }
 
-__device__ void PlaceTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
-                          int64_t end) {
-  const SlotEntry entry = reinterpret_cast<const SlotEntry*>(step.slot + sizeof(SlotHeader))[record.refilled];
-  if (entry.offset == 0) return;
-  const std::byte* const values = step.slot + entry.offset;
+__device__ int PlaceTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
+                         int64_t end) {
+  const SlotEntry entry = step.entries[record.refilled];
+  if (entry.offset < 0) return kNothing;
+  const std::byte* const values = step.values + entry.offset;
   const int64_t real = min(entry.count, record.capacity);
   const int64_t placed_end = min(end, real * record.element_bytes);
   if (begin < placed_end) CopyBytes(record.live, values, begin, placed_end, false);
   PadTile(p, record, begin, end, real, values);
-  if (!record.integers) return;
+  if (!record.integers) return kNothing;
   const int32_t* const integers = reinterpret_cast<const int32_t*>(values);
   for (int64_t i = begin / 4 + threadIdx.x; i < placed_end / 4; i += kThreads) {
-    if (Bound(record, integers, i, real) != integers[i]) {
-      NoteBad(p, record, i);
-      break;
-    }
+    if (Bound(record, integers, i, real) != integers[i]) return NoteBad(p, record, i);
   }
+  return kNothing;
 }
 
-__device__ void RestoreTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
-                            int64_t end) {
-  if (CopyBytes(record.live, record.original, begin, end, step.check)) atomicOr(&p.control->changed, 1u);
-  if (p.mode != PrologueMode::kReplay) return;
-  __syncthreads();  // the tail overwrites what other threads of this block have just restored
-  PadTile(p, record, begin, end, Count(record, step.requests, step.tokens), record.original);
+__device__ int RestoreTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
+                           int64_t end) {
+  const int found = CopyBytes(record.live, record.original, begin, end, step.check) ? kChanged : kNothing;
+  if (p.mode != PrologueMode::kReplay) return found;
+  const int64_t real = Count(record, step.requests, step.tokens);
+  if (real * record.element_bytes < end && real < TailEnd(p, record)) {
+    __syncthreads();  // the tail overwrites what other threads of this block have just restored
+    PadTile(p, record, begin, end, real, record.original);
+  }
+  return found;
 }
 
-__device__ void DoTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t tile) {
+__device__ int DoTile(const PrologueParams& p, const Step& step, const BufferRecord& record) {
   const int64_t bytes = record.capacity * record.element_bytes;
-  const int64_t begin = tile * kTileBytes;
+  const int64_t begin = record.tile * kTileBytes;
   const int64_t end = min(begin + kTileBytes, bytes);
   const Role role = static_cast<Role>(record.role);
   if (p.mode == PrologueMode::kRestoreAll) {
     if (p.compare_constants && role == Role::kConstant) return CompareTile(p, record, begin, end);
     if (role != Role::kRestored || p.restore) CopyBytes(record.live, record.original, begin, end, false);
-    return;
+    return kNothing;
   }
   switch (role) {
     case Role::kConstant:
-      if (step.check) CompareTile(p, record, begin, end);
-      break;
+      return step.check ? CompareTile(p, record, begin, end) : kNothing;
     case Role::kRestored:
-      if (p.restore) RestoreTile(p, step, record, begin, end);
-      break;
+      return p.restore ? RestoreTile(p, step, record, begin, end) : kNothing;
     case Role::kRefilled:
-      if (step.slot != nullptr) PlaceTile(p, step, record, begin, end);
-      break;
+      return step.entries != nullptr ? PlaceTile(p, step, record, begin, end) : kNothing;
     case Role::kScratch:
       if (p.poison_scratch && p.mode == PrologueMode::kReplay) FillBytes(record.live, begin, end, std::byte{0xFF});
-      break;
+      return kNothing;
   }
-}
-
-// Finds the buffer that tile `tile` of a chunk belongs to: its index goes to `found`, which is shared. All threads look
-// at once: a search would be a chain of loads.
-__device__ void FindRecord(const ChunkTable& chunk, int64_t tile, int32_t& found) {
-  for (int32_t i = threadIdx.x; i < chunk.count; i += kThreads) {
-    const int64_t end = i + 1 < chunk.count ? chunk.records[i + 1].first_tile : chunk.tiles;
-    if (chunk.records[i].first_tile <= tile && tile < end) found = i;
-  }
+  return kNothing;
 }
 
 // --- what the last block does when all others are done ---
@@ -280,15 +314,15 @@ __device__ bool ReportBad(const PrologueParams& p, const Step& step, const Repor
     ++p.control->healed;
     return false;
   }
-  const SlotEntry entry = reinterpret_cast<const SlotEntry*>(step.slot + sizeof(SlotHeader))[record.refilled];
-  const int32_t* const values = reinterpret_cast<const int32_t*>(step.slot + entry.offset);
+  const SlotEntry entry = step.entries[record.refilled];
+  const int32_t* const values = reinterpret_cast<const int32_t*>(step.values + entry.offset);
   Report(ring, KindOf(Violation::Kind::kInvariant), record.id, index,
          Bound(record, values, index, min(entry.count, record.capacity)), values[index]);
   return true;
 }
 
 // Reports and heals; returns whether the step broke a rule. By all threads of the block.
-__device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportRing& ring) {
+__device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportRing& ring, bool flawed) {
   __shared__ bool violated;
   __shared__ int64_t index;
   if (threadIdx.x == 0) {
@@ -303,9 +337,7 @@ __device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportR
     }
   }
   __syncthreads();
-  if (atomicOr(&p.control->flawed, 0u) == 0) return violated;
-  __syncthreads();  // all threads have read the flag before it is cleared
-  if (threadIdx.x == 0) p.control->flawed = 0;
+  if (!flawed) return violated;
   ForEachBuffer(p, [&](const BufferRecord& record) {
     if (threadIdx.x == 0) {
       index = static_cast<int64_t>(atomicExch(reinterpret_cast<unsigned long long*>(&p.first_bad[record.id]),
@@ -335,84 +367,136 @@ __device__ void Neutralise(const PrologueParams& p) {
 }
 
 // Thread 0 of the last block. No fence: it would cost a round trip over the bus, and the host needs no order here.
-__device__ void Publish(const PrologueParams& p, const Step& step) {
+__device__ void Publish(const PrologueParams& p, const Step& step, Board totals, bool changed) {
   Control& control = *p.control;
   if (p.mode == PrologueMode::kReplay) control.consumed = step.replay;
   if (p.mode != PrologueMode::kRestoreRestored) {
     control.current = step.replay;
     control.graph = p.ring.graph;
   }
-  if (p.mode != PrologueMode::kRestoreAll && p.restore) {
-    control.restored_bytes += p.restored_bytes;
-  }
-  if (control.changed != 0) ++control.expected_writes;
-  control.changed = 0;
   control.ticket = 0;
   volatile Board& board = *p.board;
-  board.restored_bytes = control.restored_bytes;
-  board.expected_writes = control.expected_writes;
-  board.healed = control.healed;
-  board.neutralised = control.neutralised;
-  board.consumed = control.consumed;
+  if (p.mode != PrologueMode::kRestoreAll && p.restore && p.restored_bytes > 0) {
+    control.restored_bytes = totals.restored_bytes += p.restored_bytes;
+    board.restored_bytes = totals.restored_bytes;
+  }
+  if (changed) {
+    control.expected_writes = ++totals.expected_writes;
+    board.expected_writes = totals.expected_writes;
+  }
+  board.consumed = p.mode == PrologueMode::kReplay ? step.replay : totals.consumed;
 }
 
-__global__ void __launch_bounds__(kThreads) PrologueKernel(const __grid_constant__ PrologueParams p) {
-  __shared__ Armed slots[kMaxSlots];
-  __shared__ uint64_t consumed;
-  __shared__ Step step;
-  __shared__ int32_t found;
-  __shared__ bool last;
-  if (p.mode == PrologueMode::kReplay) {
-    if (threadIdx.x < p.num_slots) slots[threadIdx.x] = ReadSlot(p, threadIdx.x);
-    if (threadIdx.x == kThreads - 1) consumed = p.control->consumed;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) step = ChooseStep(p, slots, consumed);
-
-  int64_t tile = blockIdx.x;
-  int64_t first = 0;  // tile number of the chunk's first
-  for (int32_t c = 0; c < p.num_chunks; ++c) {
-    const ChunkTable& chunk = p.chunks[c];
-    for (; tile < first + chunk.tiles; tile += gridDim.x) {
-      FindRecord(chunk, tile - first, found);
-      __syncthreads();
-      const BufferRecord& record = chunk.records[found];
-      if (Covers(p, record)) DoTile(p, step, record, tile - first - record.first_tile);
-      __syncthreads();  // `found` has been read
-    }
-    first += chunk.tiles;
-  }
-
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(&p.control->ticket, 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-
+// Something was wrong. By all threads of the last block.
+__device__ void Answer(const PrologueParams& p, const Step& step, bool flawed) {
+  __threadfence();  // what is reported, healed or made harmless was written by other blocks
   ReportRing ring = p.ring;
   ring.replay = &step.replay;
-  const bool violated = Resolve(p, step, ring);
+  const bool violated = Resolve(p, step, ring, flawed);
   if (violated && p.neutralise) {
     Neutralise(p);
     if (threadIdx.x == 0) ++p.control->neutralised;
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    Publish(p, step);
-    if (violated && p.trap) {
-      __threadfence_system();
-      __trap();
-    }
+  if (threadIdx.x != 0) return;
+  volatile Board& board = *p.board;
+  board.healed = p.control->healed;
+  board.neutralised = p.control->neutralised;
+  if (violated && p.trap) {
+    __threadfence_system();
+    __trap();
   }
+}
+
+__device__ void Run(const PrologueParams& p, const std::byte* carried) {
+  // Loaded ahead of use, beside the first tile's record: only the last block to finish changes them.
+  Board totals = {};
+  if (threadIdx.x == 0) {
+    totals = {p.control->consumed, p.control->restored_bytes, p.control->expected_writes, 0, 0};
+  }
+  const Step step = FindStep(p, carried);
+  const bool all = step.check || p.poison_scratch || p.mode != PrologueMode::kReplay;
+
+  int found = kNothing;
+  int64_t tile = blockIdx.x;
+  int64_t first = 0;  // number of the chunk's first tile
+  for (int32_t c = 0; c < p.num_chunks; ++c) {
+    const ChunkTable& chunk = p.chunks[c];
+    const int64_t tiles = all ? chunk.tiles : chunk.busy_tiles;
+    for (; tile < first + tiles; tile += gridDim.x) {
+      const BufferRecord record = chunk.by_tile[tile - first];
+      if (Covers(p, record)) found |= DoTile(p, step, record);
+    }
+    first += tiles;
+  }
+
+  __shared__ uint64_t before;
+  const bool flawed = __syncthreads_or(found & kFlawed) != 0;
+  const bool changed = step.check && __syncthreads_or(found & kChanged) != 0;
+  const uint64_t mine = kBlockDone + (flawed ? kBlockFlawed : 0) + (changed ? kBlockChanged : 0);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    before =
+        atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->ticket), static_cast<unsigned long long>(mine));
+  }
+  __syncthreads();
+  const uint64_t ticket = before + mine;
+  if ((ticket & kTicketMask) != gridDim.x) return;
+  const bool any_flawed = ((ticket >> kTicketBits) & kTicketMask) != 0;
+  if (threadIdx.x == 0) Publish(p, step, totals, (ticket >> (2 * kTicketBits)) != 0);
+  if (any_flawed || step.not_armed || step.armed_twice || step.wrong_bucket) Answer(p, step, any_flawed);
+}
+
+__global__ void __launch_bounds__(kThreads) PrologueKernel(const __grid_constant__ PrologueParams p) {
+  Run(p, nullptr);
+}
+
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads)
+    InlinePrologueKernel(const __grid_constant__ InlinePrologueParams<kBytes> p) {
+  Run(p.base, p.step);
+}
+
+CudaLaunch LaunchOf(const void* function, const PrologueParams& params, int64_t tiles) {
+  const int64_t blocks = tiles < 1 ? 1 : tiles < params.blocks ? tiles : params.blocks;
+  return {function, static_cast<unsigned>(blocks), kThreads, 0};
 }
 
 }  // namespace
 
+CudaLaunch PrologueCudaLaunch(const PrologueParams& params) {
+  return LaunchOf(reinterpret_cast<const void*>(PrologueKernel), params, params.tiles);
+}
+
 int PrologueCuda(CUstream_st* stream, const PrologueParams& params) {
-  const int64_t blocks = params.tiles < 1 ? 1 : params.tiles < params.blocks ? params.tiles : params.blocks;
-  PrologueKernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
+  const CudaLaunch launch = PrologueCudaLaunch(params);
+  PrologueKernel<<<launch.grid, launch.block, 0, stream>>>(params);
   return cudaGetLastError();
 }
+
+// The host knows the step: no more blocks than it needs.
+template <int kBytes>
+CudaLaunch InlinePrologueCudaLaunch(const InlinePrologueParams<kBytes>& params) {
+  const auto& header = *reinterpret_cast<const SlotHeader*>(params.step);
+  const bool all = header.check != 0 || params.base.poison_scratch;
+  return LaunchOf(reinterpret_cast<const void*>(InlinePrologueKernel<kBytes>), params.base,
+                  all ? params.base.tiles : params.base.busy_tiles);
+}
+
+template <int kBytes>
+int InlinePrologueCuda(CUstream_st* stream, const InlinePrologueParams<kBytes>& params) {
+  const CudaLaunch launch = InlinePrologueCudaLaunch(params);
+  InlinePrologueKernel<kBytes><<<launch.grid, launch.block, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template int InlinePrologueCuda(CUstream_st*, const InlinePrologueParams<kInlineBytes[0]>&);
+template CudaLaunch InlinePrologueCudaLaunch(const InlinePrologueParams<kInlineBytes[0]>&);
+template int InlinePrologueCuda(CUstream_st*, const InlinePrologueParams<kInlineBytes[1]>&);
+template CudaLaunch InlinePrologueCudaLaunch(const InlinePrologueParams<kInlineBytes[1]>&);
+template int InlinePrologueCuda(CUstream_st*, const InlinePrologueParams<kInlineBytes[2]>&);
+template CudaLaunch InlinePrologueCudaLaunch(const InlinePrologueParams<kInlineBytes[2]>&);
+template int InlinePrologueCuda(CUstream_st*, const InlinePrologueParams<kInlineBytes[3]>&);
+template CudaLaunch InlinePrologueCudaLaunch(const InlinePrologueParams<kInlineBytes[3]>&);
 
 }  // namespace pristine::buffers

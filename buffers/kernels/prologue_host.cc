@@ -32,7 +32,9 @@ void ForEachBuffer(const PrologueParams& params, Body body) {
 
 class Prologue {
  public:
-  explicit Prologue(const PrologueParams& params) : params_(params), ring_(params.ring), control_(*params.control) {
+  // `step`: null: the newest staging slot.
+  Prologue(const PrologueParams& params, const std::byte* step)
+      : params_(params), given_(step), ring_(params.ring), control_(*params.control) {
     ring_.replay = &replay_;
   }
 
@@ -53,13 +55,19 @@ class Prologue {
     if (kind != Violation::Kind::kPolluted) violated_ = true;  // a polluted constant is healed instead
   }
 
-  // Finds the slot of this step: exactly one must have been armed since the last step was taken.
-  void Take() {
+  const SlotHeader* Newest() const {
+    if (given_ != nullptr) return reinterpret_cast<const SlotHeader*>(given_);
     const auto* newest = reinterpret_cast<const SlotHeader*>(params_.slots);
     for (uint32_t i = 1; i < params_.num_slots; ++i) {
       const auto* header = reinterpret_cast<const SlotHeader*>(params_.slots + i * params_.slot_stride);
       if (header->sequence > newest->sequence) newest = header;
     }
+    return newest;
+  }
+
+  // Exactly one step must have been armed since the last one was taken.
+  void Take() {
+    const SlotHeader* const newest = Newest();
     const uint64_t next = control_.consumed + 1;
     replay_ = std::max(newest->sequence, control_.consumed);
     extent_ = params_.bucket;
@@ -79,7 +87,8 @@ class Prologue {
     }
     extent_ = newest->extent;
     check_ = newest->check != 0;
-    slot_ = reinterpret_cast<const std::byte*>(newest);
+    entries_ = reinterpret_cast<const SlotEntry*>(newest + 1);
+    values_ = reinterpret_cast<const std::byte*>(newest) + newest->values;
   }
 
   void Prepare(const BufferRecord& record) {
@@ -96,7 +105,7 @@ class Prologue {
         if (params_.restore) RestoreForStep(record);
         break;
       case Role::kRefilled:
-        if (slot_ != nullptr) Place(record);
+        if (entries_ != nullptr) Place(record);
         break;
       case Role::kScratch:
         if (params_.poison_scratch && params_.mode == PrologueMode::kReplay) {
@@ -130,13 +139,13 @@ class Prologue {
   }
 
   void Place(const BufferRecord& record) {
-    const auto* entries = reinterpret_cast<const SlotEntry*>(slot_ + sizeof(SlotHeader));
-    const SlotEntry& entry = entries[record.refilled];
-    if (entry.offset == 0) return;
+    const SlotEntry& entry = entries_[record.refilled];
+    if (entry.offset < 0) return;
+    const std::byte* const values = values_ + entry.offset;
     const int64_t real = std::min(entry.count, record.capacity);
-    std::memcpy(record.live, slot_ + entry.offset, static_cast<size_t>(real * record.element_bytes));
+    std::memcpy(record.live, values, static_cast<size_t>(real * record.element_bytes));
     PadTail(record, real);
-    if (record.integers) Validate(record, reinterpret_cast<const int32_t*>(slot_ + entry.offset), real);
+    if (record.integers) Validate(record, reinterpret_cast<const int32_t*>(values), real);
   }
 
   int64_t TailEnd(const BufferRecord& record) const {
@@ -204,10 +213,12 @@ class Prologue {
   }
 
   const PrologueParams& params_;
+  const std::byte* const given_;
   ReportRing ring_;
   Control& control_;
   uint64_t replay_ = 0;
-  const std::byte* slot_ = nullptr;  // null: nothing to place
+  const SlotEntry* entries_ = nullptr;  // null: nothing to place
+  const std::byte* values_ = nullptr;
   Extent extent_;
   bool check_ = false;
   bool violated_ = false;
@@ -216,7 +227,16 @@ class Prologue {
 
 }  // namespace
 
-int PrologueHost(const PrologueParams& params) { return Prologue(params).Run(); }
+int PrologueHost(const PrologueParams& params) { return Prologue(params, nullptr).Run(); }
+
+template <int kBytes>
+int InlinePrologueHost(const InlinePrologueParams<kBytes>& params) {
+  return Prologue(params.base, params.step).Run();
+}
+template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[0]>&);
+template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[1]>&);
+template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[2]>&);
+template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[3]>&);
 
 void PrologueWrites(const PrologueParams& params, WriteList& writes) {
   ForEachBuffer(params, [&](const BufferRecord& record) {

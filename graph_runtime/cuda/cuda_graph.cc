@@ -106,17 +106,18 @@ absl::StatusOr<std::unique_ptr<Graph>> CudaGraph::Create(CudaDevice& device, cud
   return result;
 }
 
-CudaGraph::CudaGraph(CudaDevice& device, cudaGraph_t graph) : Graph(device), device_(device), graph_(graph) {}
+CudaGraph::CudaGraph(CudaDevice& device, cudaGraph_t graph)
+    : Graph(device), device_(device), graph_(std::make_shared<const NativeGraph>(device, graph)) {}
 
-CudaGraph::~CudaGraph() {
+NativeGraph::~NativeGraph() {
   const CurrentContext current(device_.driver(), device_.context());
   const RelaxedCaptureMode relaxed;
   cudaGraphDestroy(graph_);
 }
 
 absl::Status CudaGraph::ReadNodes(const std::vector<NamedNode>& ours) {
-  PRISTINE_ASSIGN_OR_RETURN(const std::vector<cudaGraphNode_t> natives, Nodes(graph_));
-  PRISTINE_ASSIGN_OR_RETURN(const NativeEdges edges, Edges(graph_));
+  PRISTINE_ASSIGN_OR_RETURN(const std::vector<cudaGraphNode_t> natives, Nodes(graph_->get()));
+  PRISTINE_ASSIGN_OR_RETURN(const NativeEdges edges, Edges(graph_->get()));
 
   // Order: ours as they were recorded, a foreign node as soon as what it depends on has come.
   struct Entry {
@@ -174,21 +175,28 @@ absl::Status CudaGraph::ReadNodes(const std::vector<NamedNode>& ours) {
 
 absl::StatusOr<std::unique_ptr<GraphExec>> CudaGraph::DoInstantiate() const {
   const CurrentContext current(device_.driver(), device_.context());
-  PRISTINE_RETURN_IF_ERROR(CheckNoAllocation(graph_));
+  PRISTINE_RETURN_IF_ERROR(CheckNoAllocation(graph_->get()));
   device_.SweepRetired();
   cudaEvent_t done = nullptr;
   PRISTINE_RETURN_IF_ERROR(
       CudaStatus(cudaEventCreateWithFlags(&done, cudaEventDisableTiming), "cudaEventCreateWithFlags"));
   cudaGraphExec_t exec = nullptr;
-  if (absl::Status status = CudaStatus(cudaGraphInstantiate(&exec, graph_, 0), "cudaGraphInstantiate"); !status.ok()) {
+  if (absl::Status status = CudaStatus(cudaGraphInstantiate(&exec, graph_->get(), 0), "cudaGraphInstantiate");
+      !status.ok()) {
     cudaEventDestroy(done);
     return status;
   }
-  return std::make_unique<CudaGraphExec>(device_, exec, done);
+  return std::make_unique<CudaGraphExec>(device_, graph_, nodes(), exec, done);
 }
 
-CudaGraphExec::CudaGraphExec(CudaDevice& device, cudaGraphExec_t exec, cudaEvent_t done)
-    : GraphExec(device), device_(device), exec_(exec), done_(done) {}
+CudaGraphExec::CudaGraphExec(CudaDevice& device, std::shared_ptr<const NativeGraph> graph, std::vector<GraphNode> nodes,
+                             cudaGraphExec_t exec, cudaEvent_t done)
+    : GraphExec(device),
+      device_(device),
+      graph_(std::move(graph)),
+      nodes_(std::move(nodes)),
+      exec_(exec),
+      done_(done) {}
 
 CudaGraphExec::~CudaGraphExec() {
   const CurrentContext current(device_.driver(), device_.context());
@@ -222,6 +230,24 @@ absl::Status CudaGraphExec::DoLaunch(Stream& stream) {
   PRISTINE_RETURN_IF_ERROR(on.LaunchGraph(exec_));
   launched_on_ = on.native_stream();
   return absl::OkStatus();
+}
+
+absl::Status CudaGraphExec::DoSetKernelParams(int node, const KernelCall& call) {
+  PRISTINE_RETURN_IF_ERROR(CheckCall(node, nodes_, call));
+  if (call.cuda.function == nullptr) {
+    return absl::UnimplementedError(absl::StrCat("SetKernelParams: ", call.name, " has no cuda_launch"));
+  }
+  const CurrentContext current(device_.driver(), device_.context());
+  const RelaxedCaptureMode relaxed(device_.capturing_streams() > 0);
+  void* arguments[] = {const_cast<void*>(call.params)};
+  cudaKernelNodeParams params = {};
+  params.func = const_cast<void*>(call.cuda.function);
+  params.gridDim = dim3(call.cuda.grid);
+  params.blockDim = dim3(call.cuda.block);
+  params.sharedMemBytes = static_cast<unsigned>(call.cuda.shared_bytes);
+  params.kernelParams = arguments;
+  return CudaStatus(cudaGraphExecKernelNodeSetParams(exec_, static_cast<cudaGraphNode_t>(nodes_[node].native), &params),
+                    "cudaGraphExecKernelNodeSetParams");
 }
 
 }  // namespace pristine

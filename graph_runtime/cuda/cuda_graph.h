@@ -17,12 +17,25 @@ namespace pristine {
 
 class CudaDevice;
 
+// Owned by the Graph and by each exec made from it: setting an exec's params takes nodes of the source graph.
+class NativeGraph {
+ public:
+  NativeGraph(CudaDevice& device, cudaGraph_t graph) : device_(device), graph_(graph) {}
+  ~NativeGraph();
+  NativeGraph(const NativeGraph&) = delete;
+  NativeGraph& operator=(const NativeGraph&) = delete;
+  cudaGraph_t get() const { return graph_; }
+
+ private:
+  CudaDevice& device_;
+  const cudaGraph_t graph_;
+};
+
 class CudaGraph final : public Graph {
  public:
   // Takes `graph`, also when it fails. `ours` are the nodes that Stream queued, in order; the others are foreign.
   static absl::StatusOr<std::unique_ptr<Graph>> Create(CudaDevice& device, cudaGraph_t graph,
                                                        const std::vector<NamedNode>& ours);
-  ~CudaGraph() override;
 
  private:
   CudaGraph(CudaDevice& device, cudaGraph_t graph);
@@ -30,20 +43,23 @@ class CudaGraph final : public Graph {
   absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const override;
 
   CudaDevice& device_;
-  const cudaGraph_t graph_;
+  const std::shared_ptr<const NativeGraph> graph_;
 };
 
-// Independent of its graph: CUDA copies what it needs when it instantiates.
 class CudaGraphExec final : public GraphExec {
  public:
-  CudaGraphExec(CudaDevice& device, cudaGraphExec_t exec, cudaEvent_t done);
+  CudaGraphExec(CudaDevice& device, std::shared_ptr<const NativeGraph> graph, std::vector<GraphNode> nodes,
+                cudaGraphExec_t exec, cudaEvent_t done);
   ~CudaGraphExec() override;
 
  private:
   absl::Status DoUpload(Stream& stream) override;
   absl::Status DoLaunch(Stream& stream) override;
+  absl::Status DoSetKernelParams(int node, const KernelCall& call) override;
 
   CudaDevice& device_;
+  const std::shared_ptr<const NativeGraph> graph_;
+  const std::vector<GraphNode> nodes_;
   const cudaGraphExec_t exec_;
   const cudaEvent_t done_;                   // recorded only when an exec is destroyed, so that a launch pays nothing
   std::weak_ptr<NativeStream> launched_on_;  // of the last launch or upload; earlier ones end before it

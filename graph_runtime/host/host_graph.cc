@@ -11,7 +11,8 @@ namespace {
 
 class HostGraphExec : public GraphExec {
  public:
-  HostGraphExec(Device& device, std::shared_ptr<const OpList> ops) : GraphExec(device), ops_(std::move(ops)) {}
+  HostGraphExec(Device& device, std::shared_ptr<const OpList> ops, std::vector<GraphNode> nodes)
+      : GraphExec(device), ops_(std::move(ops)), nodes_(std::move(nodes)) {}
 
  private:
   absl::Status DoUpload(Stream& stream) override { return static_cast<WorkQueue*>(stream.native())->status(); }
@@ -21,15 +22,40 @@ class HostGraphExec : public GraphExec {
     std::lock_guard lock(mutex_);  // streams on two threads may launch the same exec
     Task task;
     task.graph = ops_;
+    if (current_ >= 0) task.replaced = versions_[current_].ops;
     task.after = last_;
     last_.position = queue.Push(std::move(task));
     last_.queue = queue.shared_from_this();
+    if (current_ >= 0) versions_[current_].last = last_;
     return absl::OkStatus();
   }
 
+  // A launch in flight keeps the version that it was queued with; one whose last launch is done is used again.
+  absl::Status DoSetKernelParams(int node, const KernelCall& call) override {
+    PRISTINE_RETURN_IF_ERROR(CheckCall(node, nodes_, call));
+    std::lock_guard lock(mutex_);
+    if (current_ < 0 || !versions_[current_].Idle()) {
+      size_t free = 0;
+      while (free < versions_.size() && !versions_[free].Idle()) ++free;
+      if (free == versions_.size()) versions_.push_back({std::make_shared<ReplacedOps>(), {}});
+      if (current_ >= 0) versions_[free].ops->Assign(*versions_[current_].ops);
+      current_ = static_cast<int>(free);
+    }
+    versions_[current_].ops->Set(node, call);
+    return absl::OkStatus();
+  }
+
+  struct Version {
+    std::shared_ptr<ReplacedOps> ops;
+    Mark last;  // the end of the last launch with it
+    bool Idle() const { return last.queue == nullptr || last.queue->Done(last.position); }
+  };
   const std::shared_ptr<const OpList> ops_;
+  const std::vector<GraphNode> nodes_;
   std::mutex mutex_;
-  Mark last_;  // the launch before, which the next one waits for
+  std::vector<Version> versions_;
+  int current_ = -1;  // what the next launch takes; -1: all as recorded
+  Mark last_;         // the launch before, which the next one waits for
 };
 
 class HostGraph : public Graph {
@@ -44,7 +70,7 @@ class HostGraph : public Graph {
 
  private:
   absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const override {
-    return std::make_unique<HostGraphExec>(device_, ops_);
+    return std::make_unique<HostGraphExec>(device_, ops_, nodes());
   }
 
   Device& device_;

@@ -61,4 +61,39 @@ Op MakeKernel(const char* name, bool foreign, WriteList writes, std::function<in
   return op;
 }
 
+void ReplacedOps::Set(int node, const KernelCall& call) {
+  Replaced* found = nullptr;
+  for (const std::unique_ptr<Replaced>& candidate : replaced_) {
+    if (candidate->node == node) found = candidate.get();
+  }
+  if (found == nullptr) {
+    replaced_.push_back(std::make_unique<Replaced>());
+    found = replaced_.back().get();
+    found->node = node;
+    found->work = std::make_shared<KernelWork>();
+    found->work->name = call.name;
+    found->work->run = [found] { return found->call.run(found->call.host, found->call.params); };
+    found->op.kind = GraphNode::Kind::kKernel;
+    found->op.name = found->work->name.c_str();
+    found->op.kernel = found->work;
+  }
+  const auto* const bytes = static_cast<const std::byte*>(call.params);
+  found->params.assign(bytes, bytes + call.bytes);
+  found->call = call;
+  found->call.params = found->params.data();
+  found->work->writes.Clear();
+  call.declare(call.writes, found->call.params, found->work->writes);
+}
+
+void ReplacedOps::Assign(const ReplacedOps& other) {
+  for (const std::unique_ptr<Replaced>& replaced : other.replaced_) Set(replaced->node, replaced->call);
+}
+
+const Op* ReplacedOps::Find(int node) const {
+  for (const std::unique_ptr<Replaced>& replaced : replaced_) {
+    if (replaced->node == node) return &replaced->op;
+  }
+  return nullptr;
+}
+
 }  // namespace pristine::host

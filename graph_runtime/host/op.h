@@ -41,6 +41,26 @@ Op MakeKernel(const char* name, bool foreign, WriteList writes, std::function<in
 // The body of a graph; shared by the Graph, its execs and launches in flight.
 using OpList = std::vector<Op>;
 
+// Kernel nodes of a graph that launches run with other params than were recorded.
+class ReplacedOps {
+ public:
+  // Copies the params of `call`. Allocates only for a node, or a size, that is new here.
+  void Set(int node, const KernelCall& call);
+  // Takes over all that `other` replaces.
+  void Assign(const ReplacedOps& other);
+  const Op* Find(int node) const;  // null: as recorded
+
+ private:
+  struct Replaced {
+    int node = 0;
+    KernelCall call;                // params: those below
+    std::vector<std::byte> params;  // `new` aligns them for every type that SetKernelParams takes
+    std::shared_ptr<KernelWork> work;
+    Op op;
+  };
+  std::vector<std::unique_ptr<Replaced>> replaced_;  // few
+};
+
 }  // namespace pristine::host
 
 #endif  // PRISTINE_GRAPH_RUNTIME_HOST_OP_H_

@@ -131,8 +131,9 @@ void WorkQueue::Execute(const Task& task) {
   if (failed_ || device_.lost()) return;  // the work after a failure is skipped
   absl::Status status;
   if (task.graph != nullptr) {
-    for (const Op& op : *task.graph) {
-      status = RunOp(op);
+    for (size_t i = 0; i < task.graph->size(); ++i) {
+      const Op* const other = task.replaced == nullptr ? nullptr : task.replaced->Find(static_cast<int>(i));
+      status = RunOp(other == nullptr ? (*task.graph)[i] : *other);
       if (!status.ok()) break;
     }
   } else {

@@ -28,11 +28,12 @@ struct Mark {
   uint64_t position = 0;
 };
 
-// Waits for `after`, then runs `graph` if there is one, and `op` otherwise.
+// Waits for `after`, then runs `graph` if there is one, with `replaced` in it, and `op` otherwise.
 struct Task {
   Mark after;
   Op op;
   std::shared_ptr<const OpList> graph;
+  std::shared_ptr<const ReplacedOps> replaced;
 };
 
 // Calls come from one thread at a time, but those marked "any thread".

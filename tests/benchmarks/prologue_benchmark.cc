@@ -3,7 +3,8 @@
 // A graph of 300 dependent kernels of 2 us each, and 64 buffers: 8 refilled each step, 24 restored (2 KB each), 32
 // constants. The same body without any hook is the bare graph. Both are launched alternately on one stream, at most 4
 // launches in flight, so that both see the same clocks and temperature, and the GPU never waits for the host. GPU time
-// is what lies between an event before and an event after the launch; whatever the manager queues counts.
+// is what lies between an event before and an event after the launch; whatever the manager queues counts. Then each
+// part of the prologue by itself, in smaller managers.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -127,17 +128,30 @@ class LaunchRing {
   int64_t next_ = 0;
 };
 
-// 64 buffers and the values of a step.
+// What a manager holds beside the lengths, which the kernels read.
+struct Load {
+  bool arrays = true;  // the seven other refilled arrays, 4.4 KB of values with the lengths
+  bool rules = true;   // all are validated
+  int restored = 24;
+  int restored_ints = 512;
+  bool tails = false;  // restored buffers have padded tails
+  int large = 0;       // more restored buffers, of 256 KB
+  int constants = 32;
+  int constant_ints = 64;
+  bool broken = false;  // each step breaks a rule
+};
+
+// The buffers and the values of a step.
 struct Buffers {
   std::vector<Buffer<int32_t>> refilled;
   std::vector<std::vector<int32_t>> values;  // parallel to refilled
 };
 
-absl::StatusOr<Buffers> RegisterBuffers(BufferManager& manager) {
+absl::StatusOr<Buffers> RegisterBuffers(BufferManager& manager, const Load& load) {
   Buffers buffers;
   const auto add_refilled = [&](const char* name, Kind kind, Axis axis, int32_t limit, std::vector<int32_t> original,
                                 std::vector<int32_t> values) -> absl::Status {
-    BufferSpec spec{.name = name, .role = Role::kRefilled, .kind = kind, .axis = axis};
+    BufferSpec spec{.name = name, .role = Role::kRefilled, .kind = load.rules ? kind : Kind::kOpaque, .axis = axis};
     spec.limit = limit;
     PRISTINE_ASSIGN_OR_RETURN(auto buffer, manager.Register<int32_t>(spec, original));
     buffers.refilled.push_back(buffer);
@@ -152,27 +166,33 @@ absl::StatusOr<Buffers> RegisterBuffers(BufferManager& manager) {
   const auto same = [](int count, int32_t value) { return std::vector<int32_t>(count, value); };
   const int bucket = kBucket.requests, step = kStep.requests;
   PRISTINE_RETURN_IF_ERROR(add_refilled("lengths", Kind::kLength, Axis::Requests(), kPages, same(bucket, kPagesPerRow),
-                                        same(step, kLength)));
-  PRISTINE_RETURN_IF_ERROR(
-      add_refilled("extend_lengths", Kind::kLength, Axis::Requests(), kPages, same(bucket, 1), same(step, 1)));
-  PRISTINE_RETURN_IF_ERROR(add_refilled("kv_indptr", Kind::kIndptr, Axis::RequestsPlusOne(), kPages,
-                                        ramp(bucket + 1, kPagesPerRow), ramp(step + 1, kLength)));
-  PRISTINE_RETURN_IF_ERROR(add_refilled("qo_indptr", Kind::kIndptr, Axis::RequestsPlusOne(), kPages,
-                                        ramp(bucket + 1, 1), ramp(step + 1, 1)));
-  PRISTINE_RETURN_IF_ERROR(
-      add_refilled("positions", Kind::kPosition, Axis::Tokens(), kPages, same(bucket, 0), same(step, kLength - 1)));
-  PRISTINE_RETURN_IF_ERROR(add_refilled("slots", Kind::kSlot, Axis::Tokens(), kPages, same(bucket, -1), ramp(step, 1)));
-  PRISTINE_RETURN_IF_ERROR(add_refilled("page_table", Kind::kPageTable, Axis::Rows(kPagesPerRow), kPages,
-                                        same(bucket * kPagesPerRow, 0), ramp(step * kPagesPerRow, 1)));
-  PRISTINE_RETURN_IF_ERROR(
-      add_refilled("request_ids", Kind::kOpaque, Axis::Requests(), kPages, same(bucket, 0), ramp(step, 7)));
-  for (int i = 0; i < 24; ++i) {
-    const std::string name = absl::StrCat("restored_", i);
-    PRISTINE_RETURN_IF_ERROR(manager.Register<int32_t>({.name = name, .role = Role::kRestored}, ramp(512, i)).status());
+                                        same(step, load.broken ? kPages + 1 : kLength)));
+  if (load.arrays) {
+    PRISTINE_RETURN_IF_ERROR(
+        add_refilled("extend_lengths", Kind::kLength, Axis::Requests(), kPages, same(bucket, 1), same(step, 1)));
+    PRISTINE_RETURN_IF_ERROR(add_refilled("kv_indptr", Kind::kIndptr, Axis::RequestsPlusOne(), kPages,
+                                          ramp(bucket + 1, kPagesPerRow), ramp(step + 1, kLength)));
+    PRISTINE_RETURN_IF_ERROR(add_refilled("qo_indptr", Kind::kIndptr, Axis::RequestsPlusOne(), kPages,
+                                          ramp(bucket + 1, 1), ramp(step + 1, 1)));
+    PRISTINE_RETURN_IF_ERROR(
+        add_refilled("positions", Kind::kPosition, Axis::Tokens(), kPages, same(bucket, 0), same(step, kLength - 1)));
+    PRISTINE_RETURN_IF_ERROR(
+        add_refilled("slots", Kind::kSlot, Axis::Tokens(), kPages, same(bucket, -1), ramp(step, 1)));
+    PRISTINE_RETURN_IF_ERROR(add_refilled("page_table", Kind::kPageTable, Axis::Rows(kPagesPerRow), kPages,
+                                          same(bucket * kPagesPerRow, 0), ramp(step * kPagesPerRow, 1)));
+    PRISTINE_RETURN_IF_ERROR(
+        add_refilled("request_ids", Kind::kOpaque, Axis::Requests(), kPages, same(bucket, 0), ramp(step, 7)));
   }
-  for (int i = 0; i < 32; ++i) {
+  for (int i = 0; i < load.restored + load.large; ++i) {
+    BufferSpec spec{.name = absl::StrCat("restored_", i), .role = Role::kRestored};
+    const int ints = i < load.restored ? load.restored_ints : 64 << 10;
+    if (load.tails) spec.axis = Axis::Requests(ints / kBucket.requests);
+    PRISTINE_RETURN_IF_ERROR(manager.Register<int32_t>(spec, ramp(ints, i)).status());
+  }
+  for (int i = 0; i < load.constants; ++i) {
     const std::string name = absl::StrCat("constant_", i);
-    PRISTINE_RETURN_IF_ERROR(manager.Register<int32_t>({.name = name, .role = Role::kConstant}, ramp(64, i)).status());
+    PRISTINE_RETURN_IF_ERROR(
+        manager.Register<int32_t>({.name = name, .role = Role::kConstant}, ramp(load.constant_ints, i)).status());
   }
   return buffers;
 }
@@ -180,12 +200,12 @@ absl::StatusOr<Buffers> RegisterBuffers(BufferManager& manager) {
 // The bare graph and the same one behind a prologue, on one device.
 class Pair {
  public:
-  static absl::StatusOr<std::unique_ptr<Pair>> Create(Device& device, ManagerOptions options) {
+  static absl::StatusOr<std::unique_ptr<Pair>> Create(Device& device, ManagerOptions options, const Load& load) {
     std::unique_ptr<Pair> pair(new Pair);
     PRISTINE_ASSIGN_OR_RETURN(pair->total_, device.Allocate(sizeof(int64_t), "total"));
     PRISTINE_ASSIGN_OR_RETURN(pair->stream_, device.CreateStream());
     PRISTINE_ASSIGN_OR_RETURN(pair->manager_, BufferManager::Create(device, options));
-    PRISTINE_ASSIGN_OR_RETURN(pair->buffers_, RegisterBuffers(*pair->manager_));
+    PRISTINE_ASSIGN_OR_RETURN(pair->buffers_, RegisterBuffers(*pair->manager_, load));
     PRISTINE_ASSIGN_OR_RETURN(pair->ring_, LaunchRing::Create());
     int ordinal = 0, kilohertz = 0;
     PRISTINE_RETURN_IF_ERROR(Cuda(cudaGetDevice(&ordinal), "cudaGetDevice"));
@@ -305,15 +325,15 @@ class Pair {
   int64_t warmup_allocations_ = 0;
 };
 
-void PrintTable(const char* check, const Samples& samples) {
-  const std::string title = absl::StrCat("check ", check, ", us");
+void PrintTable(const char* mode, const Samples& samples) {
+  const std::string title = absl::StrCat(mode, ", us");
   std::printf("\n%-30s %9s %9s %9s\n", title.c_str(), "min", "median", "p99");
   const auto row = [](const char* name, const std::vector<double>& values) {
     const Summary summary = Summarize(values);
     std::printf("  %-28s %9.2f %9.2f %9.2f\n", name, summary.min, summary.median, summary.p99);
   };
   row("CPU  bare launch", samples.cpu_bare);
-  row("CPU  begin step + 8 refills", samples.cpu_step);
+  row("CPU  begin step + refills", samples.cpu_step);
   row("CPU  replay", samples.cpu_replay);
   row("CPU  added", samples.cpu_added);
   row("GPU  bare graph", samples.gpu_bare);
@@ -322,8 +342,8 @@ void PrintTable(const char* check, const Samples& samples) {
   std::printf("  %-28s %9lld\n", "allocations, hot path", static_cast<long long>(samples.allocations));
 }
 
-std::string Json(const char* check, const Samples& samples) {
-  std::string out = absl::StrCat("{\"check\": \"", check, "\", \"samples\": ", samples.cpu_bare.size(),
+std::string Json(const char* mode, const Samples& samples) {
+  std::string out = absl::StrCat("{\"mode\": \"", mode, "\", \"samples\": ", samples.cpu_bare.size(),
                                  ", \"allocations\": ", samples.allocations);
   const auto add = [&](const char* name, const std::vector<double>& values) {
     const Summary summary = Summarize(values);
@@ -346,23 +366,65 @@ absl::Status Run(const Options& options) {
   struct Mode {
     const char* name;
     ManagerOptions::Check check;
+    size_t parameter_bytes;
+    Load load = {};
   };
-  constexpr Mode kModes[] = {{"off", ManagerOptions::Check::kOff},
-                             {"sampled", ManagerOptions::Check::kSampled},
-                             {"always", ManagerOptions::Check::kAlways}};
+  using Check = ManagerOptions::Check;
+  constexpr size_t kParameters = ManagerOptions::kMaxParameterBytes;
+  const auto with = [](auto change) {  // the lengths only, changed
+    Load load = {.arrays = false, .restored = 0, .constants = 0};
+    change(load);
+    return load;
+  };
+  const Mode modes[] = {
+      {"64 buffers, check off", Check::kOff, kParameters},
+      {"64 buffers, check sampled", Check::kSampled, kParameters},
+      {"64 buffers, check always", Check::kAlways, kParameters},
+      {"64 buffers, sampled, slots", Check::kSampled, 0},
+      {"lengths only", Check::kOff, kParameters, with([](Load&) {})},
+      {"place 8 arrays", Check::kOff, kParameters, with([](Load& load) {
+         load.arrays = true;
+         load.rules = false;
+       })},
+      {"place, validate 8 arrays", Check::kOff, kParameters, with([](Load& load) { load.arrays = true; })},
+      {"restore 32 x 8 KB", Check::kOff, kParameters, with([](Load& load) {
+         load.restored = 32;
+         load.restored_ints = 2048;
+       })},
+      {"restore, pad 32 x 8 KB", Check::kOff, kParameters, with([](Load& load) {
+         load.restored = 32;
+         load.restored_ints = 2048;
+         load.tails = true;
+       })},
+      {"restore 2.3 MB", Check::kOff, kParameters, with([](Load& load) {
+         load.restored = 24;
+         load.restored_ints = 2048;
+         load.large = 8;
+       })},
+      {"compare 32 x 8 KB", Check::kAlways, kParameters, with([](Load& load) {
+         load.constants = 32;
+         load.constant_ints = 2048;
+       })},
+      {"neutralise 8 arrays", Check::kOff, kParameters, with([](Load& load) { load.arrays = load.broken = true; })},
+  };
   if (!options.json) {
-    std::printf("%s: graph of %d dependent kernels of about %g us, 64 buffers, bucket of %d, step of %d requests,\n",
+    std::printf("%s: graph of %d dependent kernels of about %g us, bucket of %d, step of %d requests,\n",
                 device->name().c_str(), kKernels, kKernelMicroseconds, kBucket.requests, kStep.requests);
     std::printf("at most %d launches in flight, %d samples of each, alternated\n", kInFlight, options.samples);
   }
   std::string json = absl::StrCat("{\"device\": \"", device->name(), "\", \"modes\": [");
   bool first = true;
   int64_t allocated = 0;
-  for (const Mode& mode : kModes) {
-    PRISTINE_ASSIGN_OR_RETURN(auto pair, Pair::Create(*device, {.check = mode.check}));
-    PRISTINE_RETURN_IF_ERROR(pair->CheckResults());
+  for (const Mode& mode : modes) {
+    PRISTINE_ASSIGN_OR_RETURN(
+        auto pair, Pair::Create(*device, {.check = mode.check, .parameter_bytes = mode.parameter_bytes}, mode.load));
+    if (!mode.load.broken) {
+      PRISTINE_RETURN_IF_ERROR(pair->CheckResults());
+    }
     PRISTINE_ASSIGN_OR_RETURN(const Samples samples, pair->Measure(options.samples));
-    PRISTINE_RETURN_IF_ERROR(pair->CheckResults());
+    if (!mode.load.broken) {
+      PRISTINE_RETURN_IF_ERROR(pair->CheckResults());
+    }
     allocated += samples.allocations;
     if (options.json) {
       absl::StrAppend(&json, std::exchange(first, false) ? "\n " : ",\n ", Json(mode.name, samples));

@@ -119,6 +119,8 @@ class PropertyTest : public BufferTest<BackendT> {
     ManagerOptions options;
     options.check = ManagerOptions::Check::kAlways;
     options.staging_slots = random.In(2, 5);
+    // Each step goes the one way or the other by its size.
+    options.parameter_bytes = static_cast<size_t>(random.In(0, 3)) * ManagerOptions::kMaxParameterBytes / 3;
     this->MakeManager(options);
     std::vector<Model> models;
     const int count = random.In(1, 30);

@@ -47,9 +47,10 @@ class StagingTest : public BufferTest<BackendT> {
   void Block() { ASSERT_OK(Launch(*this->stream(), kSpin, SpinParams{static_cast<int*>(flag_.device_address())})); }
   void Release() { std::atomic_ref<int>(*flag_.As<int>().data()).store(1); }
 
-  void MakeSteps(int slots) {
+  void MakeSteps(int slots, size_t parameter_bytes) {
     ManagerOptions options;
     options.staging_slots = slots;
+    options.parameter_bytes = parameter_bytes;
     this->MakeManager(options);
     lengths_ = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 9));
     log_ = this->EngineMemory(Ints(64, -7));
@@ -62,6 +63,39 @@ class StagingTest : public BufferTest<BackendT> {
     return this->stream()->Copy(AsWritableBytes(log_.Sub(static_cast<size_t>(step), 1)),
                                 AsBytes(lengths_.live.Sub(0, 1)));
   }
+  void ExpectNoAllocations(size_t parameter_bytes) {
+    ManagerOptions options;
+    options.parameter_bytes = parameter_bytes;
+    this->MakeManager(options);
+    const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 9));
+    BufferSpec plan_spec = Spec("plan", Role::kRefilled);
+    plan_spec.derived_from = {lengths.id};
+    const auto plan = this->Register(plan_spec, Ints(1000, 1));
+    this->Register(Spec("constant", Role::kConstant), {1});
+    this->Capture({{2, 2}, kBucket}, kEmptyBody);
+    const Ints values(1000, 5);
+    constexpr Extent kReal{2, 2};
+    std::vector<Violation> violations(8);
+    const auto step = [&](bool keep) -> absl::Status {
+      PRISTINE_RETURN_IF_ERROR(this->manager().BeginStep(kBucket, kReal));
+      PRISTINE_RETURN_IF_ERROR(
+          keep ? this->manager().Keep(lengths)
+               : this->manager().template Refill<int32_t>(lengths, absl::MakeConstSpan(values).first(2)));
+      PRISTINE_RETURN_IF_ERROR(keep ? this->manager().Keep(plan)
+                                    : this->manager().template Refill<int32_t>(plan, values));
+      PRISTINE_RETURN_IF_ERROR(this->runner_->Replay(*this->stream(), kBucket, kReal));
+      this->manager().Poll(absl::MakeSpan(violations));
+      return this->stream()->Synchronize();
+    };
+    for (int i = 0; i < 3; ++i) ASSERT_OK(step(false));  // queues have grown by now
+    const size_t device_allocations = this->device().total_allocations();
+    const int64_t before = allocations;
+    for (int i = 0; i < 6; ++i) {
+      if (!step(i % 2 == 1).ok()) FAIL();
+    }
+    EXPECT_EQ(allocations - before, 0);
+    EXPECT_EQ(this->device().total_allocations(), device_allocations);
+  }
   PinnedBuffer flag_;
   Buffer<int32_t> lengths_;
   DeviceSpan<int32_t> log_;
@@ -69,21 +103,125 @@ class StagingTest : public BufferTest<BackendT> {
 TYPED_TEST_SUITE(StagingTest, AllBackends, BackendNames);
 
 TYPED_TEST(StagingTest, EachStepInFlightTakesItsOwnValues) {
-  this->MakeSteps(4);
-  for (int round = 0; round < 3; ++round) {
-    std::atomic_ref<int>(*this->flag_.template As<int>().data()).store(0);
-    this->Block();
-    for (int i = 0; i < 4; ++i) ASSERT_OK(this->QueueStep(round * 4 + i)) << "returned while the kernel blocks";
-    this->Release();
-    ASSERT_OK(this->stream()->Synchronize());
+  for (const size_t parameter_bytes : {size_t{0}, ManagerOptions::kMaxParameterBytes}) {
+    SCOPED_TRACE(parameter_bytes);
+    this->MakeSteps(4, parameter_bytes);
+    for (int round = 0; round < 3; ++round) {
+      std::atomic_ref<int>(*this->flag_.template As<int>().data()).store(0);
+      this->Block();
+      for (int i = 0; i < 4; ++i) ASSERT_OK(this->QueueStep(round * 4 + i)) << "returned while the kernel blocks";
+      this->Release();
+      ASSERT_OK(this->stream()->Synchronize());
+    }
+    const Ints log = this->Read(this->log_);
+    for (int step = 0; step < 12; ++step) EXPECT_EQ(log[step], step);
+    EXPECT_EQ(Describe(this->Poll()), "");
+    this->runner_.reset();
   }
+}
+
+TYPED_TEST(StagingTest, StepsInParametersNeedNoSlot) {
+  this->MakeSteps(2, ManagerOptions::kMaxParameterBytes);
+  this->Block();
+  for (int step = 0; step < 20; ++step) ASSERT_OK(this->QueueStep(step));
+  this->Release();
   const Ints log = this->Read(this->log_);
-  for (int step = 0; step < 12; ++step) EXPECT_EQ(log[step], step);
+  for (int step = 0; step < 20; ++step) EXPECT_EQ(log[step], step);
   EXPECT_EQ(Describe(this->Poll()), "");
 }
 
+// Whether a step travels in parameters or through a slot, what its graph does with it is the same; both kinds may be in
+// flight at once, and after a recapture too.
+TYPED_TEST(StagingTest, SmallAndLargeStepsTakeTurnsInFlight) {
+  constexpr int kSteps = 8;
+  constexpr int kSizes[] = {1, 3000, 200, 2049, 2048, 5000, 700, 0};  // 2048 ints just fit in parameters
+  ManagerOptions options;
+  options.staging_slots = kSteps;
+  this->MakeManager(options);
+  const auto pages = this->Register(Spec("pages", Role::kRefilled, Kind::kOpaque, Axis::Pages()), Ints(5000, -1));
+  const DeviceSpan<int32_t> log = this->EngineMemory(Ints(kSteps * 5000, -7));
+  this->Capture({kBucket}, kEmptyBody);
+  for (int round = 0; round < 3; ++round) {
+    SCOPED_TRACE(round);
+    std::atomic_ref<int>(*this->flag_.template As<int>().data()).store(0);
+    this->Block();
+    for (int step = 0; step < kSteps; ++step) {
+      ASSERT_OK(this->manager().BeginStep(kBucket, {1, 1}));
+      ASSERT_OK(this->Refill(pages, Ints(kSizes[step], round * 100 + step)));
+      ASSERT_OK(this->runner_->Replay(*this->stream(), kBucket, {1, 1}));
+      ASSERT_OK(
+          this->stream()->Copy(AsWritableBytes(log.Sub(static_cast<size_t>(step) * 5000, 5000)), AsBytes(pages.live)));
+    }
+    this->Release();
+    const Ints seen = this->Read(log);
+    for (int step = 0; step < kSteps; ++step) {
+      Ints expected(5000, 0);
+      std::fill_n(expected.begin(), kSizes[step], round * 100 + step);
+      EXPECT_EQ(Ints(seen.begin() + step * 5000, seen.begin() + (step + 1) * 5000), expected) << "step " << step;
+    }
+    EXPECT_EQ(Describe(this->Poll()), "");
+    ASSERT_OK(this->runner_->Recapture(*this->stream(), kBucket));
+  }
+}
+
+// Launches by itself what the runner would launch.
+class Launcher final : public GraphHook {
+ public:
+  GraphExec* exec = nullptr;
+  absl::Status BeforeCapture(Stream&, const RunInfo&) override { return absl::OkStatus(); }
+  absl::Status RecordPrologue(Stream&, const RunInfo&) override { return absl::OkStatus(); }
+  void AfterCapture(const RunInfo& info, const absl::Status&) override { exec = info.exec; }
+  absl::Status BeforeReplay(Stream&, const RunInfo&) override { return absl::OkStatus(); }
+  void AfterReplay(Stream&, const RunInfo&, const absl::Status&) override {}
+};
+
+TYPED_TEST(StagingTest, ALaunchThatWasNotArmedIsFoundWhereverItsStepCameFrom) {
+  for (const size_t parameter_bytes : {size_t{0}, ManagerOptions::kMaxParameterBytes}) {
+    SCOPED_TRACE(parameter_bytes);
+    ManagerOptions options;
+    options.parameter_bytes = parameter_bytes;
+    this->MakeManager(options);
+    const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 9));
+    Launcher launcher;
+    RunnerOptions runner;
+    runner.buckets = {kBucket};
+    ASSERT_OK_AND_ASSIGN(this->runner_, GraphRunner::Create(runner, kEmptyBody));
+    ASSERT_OK(this->runner_->AddHook(this->manager()));
+    ASSERT_OK(this->runner_->AddHook(launcher));
+    ASSERT_OK(this->runner_->CaptureAll(*this->stream()));
+    const auto step = [&](int value) {
+      ASSERT_OK(this->manager().BeginStep(kBucket, {1, 1}));
+      ASSERT_OK(this->Refill(lengths, {value}));
+      ASSERT_OK(this->Replay(kBucket, {1, 1}));
+      EXPECT_EQ(this->Read(lengths)[0], value);
+      EXPECT_EQ(Describe(this->Poll()), "");
+    };
+    step(5);
+    ASSERT_NE(launcher.exec, nullptr);
+    ASSERT_OK(launcher.exec->Launch(*this->stream()));
+    ASSERT_OK(this->stream()->Synchronize());
+    const std::vector<Violation> found = this->Poll();
+    ASSERT_EQ(found.size(), 1u) << Describe(found);
+    EXPECT_EQ(found[0].kind, Violation::Kind::kNotArmed);
+    EXPECT_EQ(this->Read(lengths)[0], 0) << "made harmless";
+    step(6);
+    // Armed for an engine's launch that never came, then again by the runner.
+    ASSERT_OK(this->manager().BeginStep(kBucket, {1, 1}));
+    ASSERT_OK(this->Refill(lengths, {7}));
+    ASSERT_OK(this->manager().BeforeReplay(*this->stream(), kBucket, {1, 1}));
+    ASSERT_OK(this->manager().BeginStep(kBucket, {1, 1}));
+    ASSERT_OK(this->Refill(lengths, {8}));
+    ASSERT_OK(this->Replay(kBucket, {1, 1}));
+    const std::vector<Violation> twice = this->Poll();
+    ASSERT_EQ(twice.size(), 1u) << Describe(twice);
+    EXPECT_EQ(twice[0].kind, Violation::Kind::kArmedTwice);
+    step(9);
+    this->runner_.reset();
+  }
+}
+
 TYPED_TEST(StagingTest, AFullRingIsRefusedAtOnceAndWaitForSlotWaits) {
-  this->MakeSteps(2);
+  this->MakeSteps(2, 0);
   this->Block();
   ASSERT_OK(this->QueueStep(0));
   ASSERT_OK(this->QueueStep(1));
@@ -99,7 +237,7 @@ TYPED_TEST(StagingTest, AFullRingIsRefusedAtOnceAndWaitForSlotWaits) {
 }
 
 TYPED_TEST(StagingTest, RefillReplayAndPollReturnWhileAKernelBlocks) {
-  this->MakeSteps(2);
+  this->MakeSteps(2, ManagerOptions::kMaxParameterBytes);
   this->Block();
   ASSERT_OK(this->QueueStep(1));
   EXPECT_EQ(this->Poll().size(), 0u);
@@ -182,37 +320,8 @@ TYPED_TEST(StagingTest, APlanAllocatesNothing) {
   EXPECT_EQ(Describe(this->Poll()), "");
 }
 
-TYPED_TEST(StagingTest, AStepAllocatesNothing) {
-  this->MakeManager();
-  const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(4, 9));
-  BufferSpec plan_spec = Spec("plan", Role::kRefilled);
-  plan_spec.derived_from = {lengths.id};
-  const auto plan = this->Register(plan_spec, Ints(1000, 1));
-  this->Register(Spec("constant", Role::kConstant), {1});
-  this->Capture({{2, 2}, kBucket}, kEmptyBody);
-  const Ints values(1000, 5);
-  constexpr Extent kReal{2, 2};
-  std::vector<Violation> violations(8);
-  const auto step = [&](bool keep) -> absl::Status {
-    PRISTINE_RETURN_IF_ERROR(this->manager().BeginStep(kBucket, kReal));
-    PRISTINE_RETURN_IF_ERROR(
-        keep ? this->manager().Keep(lengths)
-             : this->manager().template Refill<int32_t>(lengths, absl::MakeConstSpan(values).first(2)));
-    PRISTINE_RETURN_IF_ERROR(keep ? this->manager().Keep(plan)
-                                  : this->manager().template Refill<int32_t>(plan, values));
-    PRISTINE_RETURN_IF_ERROR(this->runner_->Replay(*this->stream(), kBucket, kReal));
-    this->manager().Poll(absl::MakeSpan(violations));
-    return this->stream()->Synchronize();
-  };
-  for (int i = 0; i < 3; ++i) ASSERT_OK(step(false));  // queues have grown by now
-  const size_t device_allocations = this->device().total_allocations();
-  const int64_t before = allocations;
-  for (int i = 0; i < 6; ++i) {
-    if (!step(i % 2 == 1).ok()) FAIL();
-  }
-  EXPECT_EQ(allocations - before, 0);
-  EXPECT_EQ(this->device().total_allocations(), device_allocations);
-}
+TYPED_TEST(StagingTest, AStepAllocatesNothing) { this->ExpectNoAllocations(ManagerOptions::kMaxParameterBytes); }
+TYPED_TEST(StagingTest, AStepThroughASlotAllocatesNothing) { this->ExpectNoAllocations(0); }
 
 }  // namespace
 }  // namespace pristine::testing

@@ -404,6 +404,7 @@ TYPED_TEST(StepTest, AnotherStreamIsRefusedWhileTheLastReplayStillRuns) {
 TYPED_TEST(StepTest, ASecondThreadInsideACallIsRefused) {
   ManagerOptions options;
   options.staging_slots = 2;
+  options.parameter_bytes = 0;
   this->MakeManager(options);
   ASSERT_OK_AND_ASSIGN(const PinnedBuffer flag, this->device().AllocatePinned(sizeof(int), "flag"));
   this->Register(Spec("constant", Role::kConstant), {1});

@@ -24,6 +24,7 @@ struct SetValueParams {
 };
 int SetValueHost(const SetValueParams& p);
 int SetValueCuda(CUstream_st* stream, const SetValueParams& p);
+CudaLaunch SetValueCudaLaunch(const SetValueParams& p);
 
 // to[i] = from[i] for i < count.
 struct CopyIntsParams {
@@ -63,7 +64,8 @@ inline constexpr Kernel<AddOneParams> kAddOne{
     [](const AddOneParams& p, WriteList& writes) { writes.Add(p.values, p.count * sizeof(int)); }};
 inline constexpr Kernel<SetValueParams> kSetValue{
     "set_value", SetValueHost, PRISTINE_CUDA(SetValueCuda),
-    [](const SetValueParams& p, WriteList& writes) { writes.Add(p.values + p.index, sizeof(int)); }};
+    [](const SetValueParams& p, WriteList& writes) { writes.Add(p.values + p.index, sizeof(int)); },
+    PRISTINE_CUDA(SetValueCudaLaunch)};
 // The polluter: writes what it does not declare.
 inline constexpr Kernel<SetValueParams> kSetValueUndeclared{"set_value_undeclared", SetValueHost,
                                                             PRISTINE_CUDA(SetValueCuda), WritesNothing<SetValueParams>};

@@ -57,7 +57,12 @@ struct ManagerOptions {
     kOff,        // never, not even around warm-ups: what engines do today. For showing the bug
   } restore = Restore::kGraphHead;
   OnViolation on_violation = OnViolation::kNeutralise;
-  int staging_slots = 4;  // steps that may be in flight; 2 to 64
+  // A step whose values take up to so many bytes travels in the parameters of the prologue's node, set before the
+  // launch; a larger one, and every step of a graph that the engine captures, is copied to the device ahead of the
+  // launch, through a staging slot. 0: always a slot.
+  static constexpr size_t kMaxParameterBytes = 8192;
+  size_t parameter_bytes = kMaxParameterBytes;
+  int staging_slots = 4;  // steps that may wait in slots; 2 to 64
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
   bool poison_scratch = false;

@@ -2,6 +2,7 @@
 #ifndef PRISTINE_GRAPH_RUNTIME_GRAPH_H_
 #define PRISTINE_GRAPH_RUNTIME_GRAPH_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -10,6 +11,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "pristine/graph_runtime/kernel.h"
 #include "pristine/graph_runtime/stream.h"
 
 namespace pristine {
@@ -56,6 +58,19 @@ class Graph {
   std::vector<GraphEdge> edges_;
 };
 
+// A kernel and its params, type erased. Valid as long as the params.
+struct KernelCall {
+  using Function = void (*)();
+  const char* name = "";
+  const void* params = nullptr;
+  size_t bytes = 0;
+  Function host = nullptr;
+  Function writes = nullptr;
+  int (*run)(Function host, const void* params) = nullptr;
+  void (*declare)(Function writes, const void* params, WriteList& out) = nullptr;
+  CudaLaunch cuda;  // function null: not offered
+};
+
 // A graph that can be launched. One launch runs at a time: a launch waits for the one before, on any stream. May be
 // destroyed while a launch is in flight: it is then retired, and the launch completes.
 class GraphExec {
@@ -70,13 +85,41 @@ class GraphExec {
   // FAILED_PRECONDITION: `stream` is capturing. INVALID_ARGUMENT: it belongs to another device.
   absl::Status Launch(Stream& stream);
 
+  // Launches from now on run `kernel` with a copy of `params` at place `node` of Graph::nodes(); those in flight keep
+  // theirs. Does not block; allocates only when more launches are in flight than ever before. OUT_OF_RANGE: no such
+  // node. INVALID_ARGUMENT: it is not a kernel queued through Launch, or its name is not kernel.name. UNIMPLEMENTED:
+  // the device is CUDA and the kernel has no cuda_launch.
+  template <class Params>
+  absl::Status SetKernelParams(int node, const Kernel<Params>& kernel, const Params& params) {
+    static_assert(alignof(Params) <= alignof(std::max_align_t));
+    using Function = KernelCall::Function;
+    KernelCall call;
+    call.name = kernel.name;
+    call.params = &params;
+    call.bytes = sizeof(Params);
+    call.host = reinterpret_cast<Function>(kernel.host);
+    call.writes = reinterpret_cast<Function>(kernel.writes);
+    call.run = [](Function host, const void* bytes) {
+      return reinterpret_cast<int (*)(const Params&)>(host)(*static_cast<const Params*>(bytes));
+    };
+    call.declare = [](Function writes, const void* bytes, WriteList& out) {
+      reinterpret_cast<void (*)(const Params&, WriteList&)>(writes)(*static_cast<const Params*>(bytes), out);
+    };
+    if (kernel.cuda_launch != nullptr) call.cuda = kernel.cuda_launch(params);
+    return SetKernelParams(node, call);
+  }
+
  protected:
   explicit GraphExec(Device& device) : device_(device) { ++device_.live_execs_; }
+  // The errors that are the same on every backend.
+  static absl::Status CheckCall(int node, const std::vector<GraphNode>& nodes, const KernelCall& call);
 
  private:
   absl::Status CheckStream(const char* call, Stream& stream) const;
+  absl::Status SetKernelParams(int node, const KernelCall& call);
   virtual absl::Status DoUpload(Stream& stream) = 0;
   virtual absl::Status DoLaunch(Stream& stream) = 0;
+  virtual absl::Status DoSetKernelParams(int node, const KernelCall& call) = 0;
   Device& device_;
 };
 

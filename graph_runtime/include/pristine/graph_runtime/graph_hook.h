@@ -10,11 +10,18 @@
 
 namespace pristine {
 
+class Graph;
+class GraphExec;
+
 struct RunInfo {
   const char* graph = "";  // the runner's name; valid during the call
   Extent bucket;           // what the graph is captured for
   Extent extent;           // the real part of this replay; equals bucket for captures and warm-ups
   int64_t replay = 0;      // 1, 2, … over all buckets of the runner; 0 for captures and warm-ups
+  // What is (Before-, AfterReplay) launched, what was (AfterCapture) made; null elsewhere. A hook may set the params of
+  // nodes that it recorded.
+  GraphExec* exec = nullptr;
+  const Graph* captured = nullptr;  // what `exec` was made from, in AfterCapture
 };
 
 // For each bucket:  [BeforeCapture, body run eagerly] x warm-ups,  BeforeCapture,  Capture( RecordPrologue, body ),

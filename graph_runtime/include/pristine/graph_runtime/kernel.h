@@ -23,6 +23,7 @@ class WriteList {
     if (address != nullptr && bytes > 0) ranges_.push_back({address, bytes});
   }
   const std::vector<Range>& ranges() const { return ranges_; }
+  void Clear() { ranges_.clear(); }  // keeps its memory
 
  private:
   std::vector<Range> ranges_;
@@ -30,6 +31,14 @@ class WriteList {
 
 // What a Host kernel returns where a CUDA kernel would execute __trap(): the device is lost (IsDeviceLost).
 inline constexpr int kKernelTrap = -0x7fffffff;
+
+// A CUDA launch as data, of a kernel that takes its Params by value as its one parameter.
+struct CudaLaunch {
+  const void* function = nullptr;  // the __global__ function
+  unsigned grid = 1;
+  unsigned block = 1;
+  size_t shared_bytes = 0;
+};
 
 // Params are copied into the graph, so that Host freezes addresses and scalars exactly as a CUDA kernel node does.
 template <class Params>
@@ -45,6 +54,8 @@ struct Kernel {
   int (*cuda)(CUstream_st* stream, const Params&);
   // Declares what the launch writes; the Host device enforces it (HostOptions::enforce_accesses). Never null.
   void (*writes)(const Params&, WriteList&);
+  // What `cuda` launches, for GraphExec::SetKernelParams; null: not offered, or a build without CUDA.
+  CudaLaunch (*cuda_launch)(const Params&) = nullptr;
 };
 
 // PRISTINE_CUDA(f) is f in a build with CUDA and null otherwise, for use in kernel tables.
