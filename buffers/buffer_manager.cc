@@ -62,7 +62,11 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
   PRISTINE_RETURN_IF_ERROR(CheckOptions(options));
   auto impl = std::make_unique<Impl>(device, options);
   impl->graphs.reserve(buffers::kMaxGraphs);
-  PRISTINE_ASSIGN_OR_RETURN(impl->reports, buffers::Reports::Create(device));
+  PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<buffers::Reports> reports, buffers::Reports::Create(device));
+  {
+    std::lock_guard lock(impl->names_mutex);
+    impl->reports = std::move(reports);
+  }
   PRISTINE_ASSIGN_OR_RETURN(impl->replayed, device.CreateEvent());
 
   std::vector<std::byte> initial(sizeof(buffers::Control) + buffers::kMaxBuffers * sizeof(int64_t));
@@ -96,7 +100,7 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
                                                                        absl::Span<const std::byte> original,
                                                                        size_t size) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   const bool adopt = live.address() != nullptr || live.size() > 0;
   if (spec.name.empty()) return absl::InvalidArgumentError("a buffer without a name; give each a unique one");
@@ -154,7 +158,8 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
 
   std::byte* address = live.address();
   if (!adopt) {
-    buffers::Arena& arena = spec.role == Role::kConstant ? impl.constants : impl.writable;
+    buffers::Arena& arena = impl.ArenaOf(spec.role);
+    state->before = arena.mark();
     PRISTINE_ASSIGN_OR_RETURN(address, arena.Carve(original.size(), id));
   }
   state->spec = spec;
@@ -166,7 +171,7 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
     state->watcher = std::make_unique<buffers::RegionWatcher>(impl.device, spec.name, *impl.reports, impl.control);
     const absl::Status started = state->watcher->Start(address, original.size(), element.bytes);
     if (!started.ok()) {
-      if (!adopt) (spec.role == Role::kConstant ? impl.constants : impl.writable).Uncarve();
+      if (!adopt) impl.ArenaOf(spec.role).Rewind(state->before);
       return started;
     }
   }
@@ -174,11 +179,48 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
     record.refilled = impl.refilled_buffers++;
     state->values.resize(original.size());
     state->made_from.resize(spec.derived_from.size(), -1);
+    state->late_bytes = late;
     impl.late_bytes += late;
   }
+  state->adopted = adopt;
+  std::lock_guard lock(impl.names_mutex);
   impl.buffers.push_back(std::move(state));
   return Registered{id, address, size};
 }
+
+absl::Status BufferManager::Unregister(int first) {
+  const Impl::Call call(*impl_);
+  PRISTINE_RETURN_IF_ERROR(call.status());
+  Impl& impl = *impl_;
+  const int count = static_cast<int>(impl.buffers.size());
+  if (first < 0 || first > count) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("Unregister from ", first, "; it must be in [0, ", count, "], the buffers registered"));
+  }
+  if (first < impl.sealed_buffers) {
+    return absl::FailedPreconditionError(absl::StrCat("Unregister from ", first, " (", name(first), "); ids below ",
+                                                      impl.sealed_buffers,
+                                                      " are sealed, and graphs may have their addresses"));
+  }
+  while (static_cast<int>(impl.buffers.size()) > first) {
+    std::unique_ptr<BufferState> state;
+    {
+      std::lock_guard lock(impl.names_mutex);
+      state = std::move(impl.buffers.back());
+      impl.buffers.pop_back();
+    }
+    if (state->watcher != nullptr) {
+      state->watcher->Stop();
+      impl.stopped_watchers.push_back(std::move(state->watcher));
+    }
+    if (!state->adopted) impl.ArenaOf(state->spec.role).Rewind(state->before);
+    if (state->spec.role == Role::kRefilled) --impl.refilled_buffers;
+    impl.late_bytes -= state->late_bytes;
+  }
+  return absl::OkStatus();
+}
+
+int BufferManager::registered() const { return static_cast<int>(impl_->buffers.size()); }
 
 absl::StatusOr<BufferManager::Registered> BufferManager::AdoptBytes(const BufferSpec& spec, Element element,
                                                                     DeviceSpan<std::byte> live, size_t size) {
@@ -200,7 +242,7 @@ absl::StatusOr<BufferManager::Registered> BufferManager::AdoptBytes(const Buffer
 
 absl::Status BufferManager::Protect(const std::string& name, DeviceSpan<const std::byte> memory, size_t element_bytes) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (memory.address() == nullptr || memory.empty() || element_bytes == 0) {
     return absl::InvalidArgumentError(absl::StrCat("Protect ", name, ": ", memory.size(), " bytes in elements of ",
                                                    element_bytes, "; both must be at least 1"));
@@ -213,12 +255,20 @@ absl::Status BufferManager::Protect(const std::string& name, DeviceSpan<const st
 
 absl::Status BufferManager::Seal() {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   return impl_->Seal();
 }
 
 absl::Status BufferManager::Impl::Seal() {
   if (sealed()) return absl::OkStatus();
+  const bool first = ring == nullptr;
+  absl::Status outcome = SealNewBuffers();
+  // Without the first chunk there are no steps, and what is registered next is not late.
+  if (!outcome.ok() && first) ring = nullptr;
+  return outcome;
+}
+
+absl::Status BufferManager::Impl::SealNewBuffers() {
   if (ring == nullptr) {
     size_t value_bytes = options.late_refill_bytes;
     for (const auto& buffer : buffers) {
@@ -343,6 +393,7 @@ absl::StatusOr<int> BufferManager::Impl::EntryOf(const char* graph, const Extent
   buffers::GraphEntry entry;
   entry.graph = graph;
   entry.bucket = bucket;
+  std::lock_guard lock(names_mutex);
   graphs.push_back(std::move(entry));
   return static_cast<int>(graphs.size()) - 1;
 }
@@ -370,6 +421,22 @@ absl::Status BufferManager::Impl::CheckCapacities(const Extent& bucket, int cove
 int64_t BufferManager::generation(int buffer) const {
   const BufferState* const state = impl_->Find(buffer);
   return state == nullptr ? -1 : state->generation;
+}
+
+// A kernel's report is taken for the later one of a replay: it is what a trap follows.
+std::string BufferManager::Impl::LastViolation() {
+  std::lock_guard lock(names_mutex);
+  if (reports == nullptr) return "";
+  ReportRecord record;
+  Violation undeclared;
+  int32_t graph = -1;
+  const bool reported = reports->LastRecord(record);
+  if (reports->LastUndeclared(undeclared, graph) &&
+      (!reported || static_cast<uint64_t>(undeclared.replay) > record.replay)) {
+    SetGraph(undeclared, graph);
+    return undeclared.ToString();
+  }
+  return reported ? ToViolation(record).ToString() : "";
 }
 
 BufferManager::Stats BufferManager::stats() const {

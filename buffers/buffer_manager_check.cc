@@ -19,7 +19,7 @@ using buffers::PrologueMode;
 
 absl::Status BufferManager::Restore(Stream& stream) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (impl_->chunks.empty()) return absl::OkStatus();
   return impl_->Run(
       stream, impl_->Prologue(PrologueMode::kRestoreRestored, {-1, -1}, static_cast<int>(impl_->chunks.size()), -1));
@@ -27,7 +27,7 @@ absl::Status BufferManager::Restore(Stream& stream) {
 
 absl::Status BufferManager::RestoreAll(Stream& stream, const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   return impl_->RestoreAll(stream, bucket, true, impl_->options.check != ManagerOptions::Check::kOff);
 }
 
@@ -43,7 +43,7 @@ absl::Status BufferManager::Impl::RestoreAll(Stream& stream, const Extent& bucke
 absl::Status BufferManager::CheckEqual(Stream& stream, const Buffer<int32_t>& expected, const Buffer<int32_t>& actual,
                                        const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   for (const int id : {expected.id, actual.id}) {
     if (impl_->Find(id) == nullptr) {
       return absl::InvalidArgumentError(
@@ -76,26 +76,31 @@ size_t BufferManager::Poll(absl::Span<Violation> out) {
 
 size_t BufferManager::Impl::Poll(absl::Span<Violation> out) {
   size_t count = 0;
-  const auto set_graph = [this](Violation& violation, int32_t graph) {
-    if (graph < 0 || graph >= static_cast<int32_t>(graphs.size())) return;
-    violation.graph = graphs[static_cast<size_t>(graph)].graph;
-    violation.bucket = graphs[static_cast<size_t>(graph)].bucket;
-  };
   for (int32_t graph = -1; count < out.size() && reports->NextUndeclared(out[count], graph); ++count) {
-    set_graph(out[count], graph);
+    SetGraph(out[count], graph);
   }
   for (ReportRecord record; count < out.size() && reports->NextRecord(record); ++count) {
-    Violation& violation = out[count];
-    violation = {};
-    violation.kind = static_cast<Violation::Kind>(record.kind);
-    violation.buffer = Find(record.buffer) == nullptr ? "" : Find(record.buffer)->spec.name.c_str();
-    violation.index = record.index;
-    violation.expected = record.expected;
-    violation.actual = record.actual;
-    violation.replay = static_cast<int64_t>(record.replay);
-    set_graph(violation, record.graph);
+    out[count] = ToViolation(record);
   }
   return count;
+}
+
+void BufferManager::Impl::SetGraph(Violation& violation, int32_t graph) const {
+  if (graph < 0 || graph >= static_cast<int32_t>(graphs.size())) return;
+  violation.graph = graphs[static_cast<size_t>(graph)].graph;
+  violation.bucket = graphs[static_cast<size_t>(graph)].bucket;
+}
+
+Violation BufferManager::Impl::ToViolation(const ReportRecord& record) const {
+  Violation violation;
+  violation.kind = static_cast<Violation::Kind>(record.kind);
+  violation.buffer = Find(record.buffer) == nullptr ? "" : Find(record.buffer)->spec.name.c_str();
+  violation.index = record.index;
+  violation.expected = record.expected;
+  violation.actual = record.actual;
+  violation.replay = static_cast<int64_t>(record.replay);
+  SetGraph(violation, record.graph);
+  return violation;
 }
 
 absl::Status BufferManager::Impl::ReadBack(Stream& stream, bool refilled_too, buffers::ReadBack& out) const {
@@ -162,10 +167,23 @@ void BufferManager::Impl::CheckBands(const buffers::ReadBack& read, std::vector<
 
 absl::StatusOr<std::vector<Violation>> BufferManager::Verify(Stream& stream) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
+  // Reports are taken last: a failure before loses none.
   buffers::ReadBack read;
   PRISTINE_RETURN_IF_ERROR(impl.ReadBack(stream, false, read));
+  std::vector<Violation> checked;
+  for (const auto& [id, offset] : read.buffers) {
+    const BufferState& buffer = *impl.buffers[static_cast<size_t>(id)];
+    const std::byte* const live = read.bytes.data() + offset;
+    const int64_t index =
+        buffers::FirstDifference(buffer.original.data(), live, buffer.record.capacity, buffer.record.element_bytes);
+    if (index != buffers::kNoIndex) {
+      checked.push_back(Impl::Difference(Violation::Kind::kPolluted, buffer, buffer.original.data(), live, index));
+    }
+  }
+  impl.CheckBands(read, checked);
+  PRISTINE_RETURN_IF_ERROR(impl.CheckOriginals(stream, checked));
 
   std::vector<Violation> found(16);
   for (size_t count = 0;; found.resize(2 * found.size())) {
@@ -175,17 +193,7 @@ absl::StatusOr<std::vector<Violation>> BufferManager::Verify(Stream& stream) {
       break;
     }
   }
-  for (const auto& [id, offset] : read.buffers) {
-    const BufferState& buffer = *impl.buffers[static_cast<size_t>(id)];
-    const std::byte* const live = read.bytes.data() + offset;
-    const int64_t index =
-        buffers::FirstDifference(buffer.original.data(), live, buffer.record.capacity, buffer.record.element_bytes);
-    if (index != buffers::kNoIndex) {
-      found.push_back(Impl::Difference(Violation::Kind::kPolluted, buffer, buffer.original.data(), live, index));
-    }
-  }
-  impl.CheckBands(read, found);
-  PRISTINE_RETURN_IF_ERROR(impl.CheckOriginals(stream, found));
+  found.insert(found.end(), checked.begin(), checked.end());
   return found;
 }
 

@@ -17,7 +17,7 @@ using buffers::PrologueMode;
 
 absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   if (extent.requests < 0 || extent.tokens < 0 || bucket.requests < 1 || bucket.tokens < 1) {
     return absl::InvalidArgumentError(absl::StrCat("a step of extent ", extent.ToString(), " in bucket ",
@@ -42,7 +42,7 @@ absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent
 
 absl::Status BufferManager::WaitForSlot() {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (impl_->ring == nullptr) return absl::OkStatus();
   impl_->TakeBackUnlaunchedStep();
   return impl_->ring->Wait(impl_->next_sequence);
@@ -52,7 +52,7 @@ absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::
                                         size_t size) {
   const ScopedRange range("refill");
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   if (impl.Find(buffer) == nullptr) {
     return absl::InvalidArgumentError(
@@ -99,7 +99,7 @@ absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::
 
 absl::Status BufferManager::KeepBytes(int buffer) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   if (impl.Find(buffer) == nullptr || impl.Find(buffer)->spec.role != Role::kRefilled) {
     return absl::InvalidArgumentError(absl::StrCat("Keep of buffer ", buffer, " (\"", name(buffer),
@@ -147,12 +147,13 @@ void BufferManager::Impl::TakeBackUnlaunchedStep() {
 
 absl::Status BufferManager::Impl::CheckOrder(Stream& stream) {
   if (last_stream == nullptr || last_stream == stream.native() || stream.capturing()) return absl::OkStatus();
-  PRISTINE_ASSIGN_OR_RETURN(const bool reached, replayed->IsReached());
+  PRISTINE_ASSIGN_OR_RETURN(const bool reached, marked ? replayed->IsReached() : absl::StatusOr<bool>(false));
   const uint64_t consumed = reports->ReadBoard().consumed;
   if (reached && consumed + 1 >= next_sequence) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
       "step ", next_sequence - 1, " or a restore after it still runs on another stream (the last step that began is ",
-      consumed, "); one manager's replays follow each other, graphs that run at once need two managers"));
+      consumed, marked ? "" : "; its end could not be marked: replay or restore there once more",
+      "); one manager's replays follow each other, graphs that run at once need two managers"));
 }
 
 absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Extent& bucket, const Extent& extent) const {
@@ -204,7 +205,7 @@ absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, con
     entry.exec = exec;
     entry.carries = true;
   }
-  if (ring->value_bytes() <= options.parameter_bytes) {
+  if (entry.inlines && ring->value_bytes() <= options.parameter_bytes) {
     constexpr auto& kBytes = buffers::kInlineBytes;
     const size_t need = ring->PackedBytes(refilled_buffers);
     if (need <= kBytes[0]) return SetInline<kBytes[0]>(entry, header, *exec);
@@ -245,7 +246,7 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf("", bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   // Nothing recorded: it arms an eager RecordPrologue, which covers all.
@@ -271,24 +272,32 @@ absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::ProloguePar
   PRISTINE_RETURN_IF_ERROR(Launch(stream, buffers::kPrologue, params));
   if (stream.capturing()) return absl::OkStatus();
   last_stream = stream.native();
-  return stream.Record(*replayed);
+  return Mark(stream);
+}
+
+absl::Status BufferManager::Impl::Mark(Stream& stream) {
+  absl::Status status = stream.Record(*replayed);
+  marked = status.ok();
+  return status;
 }
 
 // Gives the node each size of parameters once: the first use of a kernel loads it, which must not happen in a replay.
-absl::Status BufferManager::Impl::TryInline(const GraphEntry& entry, GraphExec& exec) {
+// A node that refuses one gets its steps through the ring.
+void BufferManager::Impl::TryInline(GraphEntry& entry, GraphExec& exec) {
+  entry.inlines = true;
   const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
     params.base = *entry.params;
-    return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
+    const bool taken = exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params).ok();
+    entry.carries |= taken;
+    entry.inlines &= taken;
   };
-  absl::Status status;
-  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params);
-  status.Update(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
-  return status;
+  std::apply([&](auto&... params) { (set(params), ...); }, inline_params);
+  if (entry.carries && exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params).ok()) entry.carries = false;
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   const bool capturing = stream.capturing();
   if (capturing) {
@@ -308,28 +317,32 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
   impl.current_graph = "";
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf("", bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
+  const int chunks_before = entry.chunks;
   if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
-  return impl.LaunchPrologue(stream, graph);
+  absl::Status status = impl.LaunchPrologue(stream, graph);
+  if (!status.ok()) entry.chunks = chunks_before;  // what the engine captured before stays
+  return status;
 }
 
 absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_RETURN_IF_ERROR(impl.Seal());
   PRISTINE_RETURN_IF_ERROR(impl.CheckCapacities(info.bucket, static_cast<int>(impl.chunks.size())));
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
   impl.current_graph = entry.graph;
+  PRISTINE_RETURN_IF_ERROR(impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff,
+                                           impl.options.check != ManagerOptions::Check::kOff));
   entry.order = ++impl.runs;
   entry.replay = 0;
-  return impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff,
-                         impl.options.check != ManagerOptions::Check::kOff);
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   entry.chunks = static_cast<int>(impl_->chunks.size());
@@ -356,18 +369,18 @@ void BufferManager::AfterCapture(const RunInfo& info, const absl::Status& outcom
   entry.params = std::move(entry.recording);
   entry.exec = info.exec;
   entry.node = -1;
-  entry.carries = false;
+  entry.inlines = entry.carries = false;
   if (entry.params == nullptr || impl_->options.parameter_bytes == 0) return;
   const std::vector<GraphNode>& nodes = info.captured->nodes();
   for (size_t i = 0; i < nodes.size() && entry.node < 0; ++i) {
     if (!nodes[i].foreign) entry.node = static_cast<int>(i);  // the first that was recorded through Stream
   }
-  if (!impl_->TryInline(entry, *info.exec).ok()) entry.node = -1;
+  if (entry.node >= 0) impl_->TryInline(entry, *info.exec);
 }
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   impl_->TakeBackUnlaunchedStep();
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, info.extent, info.exec));
@@ -384,7 +397,7 @@ void BufferManager::AfterReplay(Stream& stream, const RunInfo&, const absl::Stat
     impl_->TakeBackUnlaunchedStep();
     return;
   }
-  stream.Record(*impl_->replayed).IgnoreError();  // a stream that failed says so at the next call
+  impl_->Mark(stream).IgnoreError();  // a stream that failed says so at the next call
 }
 
 }  // namespace pristine

@@ -10,7 +10,7 @@ namespace pristine::buffers {
 
 absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device, int slots, int entries,
                                                                  size_t value_bytes) {
-  auto ring = std::unique_ptr<StagingRing>(new StagingRing);
+  auto ring = std::unique_ptr<StagingRing>(new StagingRing(device));
   ring->head_ = sizeof(SlotHeader) + static_cast<size_t>(entries) * sizeof(SlotEntry);
   ring->stride_ = (ring->head_ + value_bytes + 255) / 256 * 256;
   ring->entries_ = entries;
@@ -20,7 +20,7 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
   PRISTINE_ASSIGN_OR_RETURN(ring->device_, device.Allocate(bytes, "staging slots on the device"));
   for (int i = 0; i < slots; ++i) {
     PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Event> event, device.CreateEvent());
-    ring->copied_.push_back({std::move(event), false});
+    ring->copied_.push_back({std::move(event)});
   }
   // A device slot that was never sent must not look armed.
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
@@ -30,7 +30,7 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
 }
 
 absl::Status StagingRing::Open(uint64_t sequence) {
-  if (Copied& copied = CopiedOf(sequence); copied.pending) {
+  if (Copied& copied = CopiedOf(sequence); copied.pending && copied.marked) {
     PRISTINE_ASSIGN_OR_RETURN(const bool free, copied.event->IsReached());
     copied.pending = !free;
   }
@@ -48,7 +48,11 @@ absl::Status StagingRing::Open(uint64_t sequence) {
 }
 
 absl::Status StagingRing::Wait(uint64_t sequence) {
-  return CopiedOf(sequence).pending ? CopiedOf(sequence).event->Synchronize() : absl::OkStatus();
+  Copied& copied = CopiedOf(sequence);
+  if (!copied.pending) return absl::OkStatus();
+  PRISTINE_RETURN_IF_ERROR(copied.marked ? copied.event->Synchronize() : its_device_.Synchronize());
+  copied.pending = false;
+  return absl::OkStatus();
 }
 
 void StagingRing::WaitAll() {
@@ -96,8 +100,11 @@ absl::Status StagingRing::Send(Stream& stream, SlotHeader header) {
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(device_.As<std::byte>().Sub(start, used_), {slot_, used_}));
-  CopiedOf(sequence_).pending = true;
-  return stream.Record(*CopiedOf(sequence_).event);
+  // The copy is queued whatever becomes of its mark. A stream that failed says so at the launch.
+  Copied& copied = CopiedOf(sequence_);
+  copied.pending = true;
+  copied.marked = stream.Record(*copied.event).ok();
+  return absl::OkStatus();
 }
 
 }  // namespace pristine::buffers

@@ -257,7 +257,7 @@ TYPED_TEST(PaddingTest, PolicyTrapStopsTheStreamAndTheReportSurvives) {
   ASSERT_OK(this->Refill(this->buffer_, {1, 500}));
   if (this->device().backend() == Backend::kHost) {
     ASSERT_OK(this->runner_->Replay(*this->stream(), kBucket, {2, 2}));
-    EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "pristine_prologue");
+    EXPECT_STATUS(this->stream()->Synchronize(), kAborted, "pristine_prologue");
     this->ExpectInvariant(1, 100, 500);
     return;
   }
@@ -266,7 +266,7 @@ TYPED_TEST(PaddingTest, PolicyTrapStopsTheStreamAndTheReportSurvives) {
   EXPECT_EXIT(
       {
         EXPECT_OK(this->runner_->Replay(*this->stream(), kBucket, {2, 2}));
-        EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "");
+        EXPECT_STATUS(this->stream()->Synchronize(), kAborted, "lost");
         EXPECT_FALSE(this->device().Allocate(64, "after the trap").ok()) << "the context is still alive";
         this->ExpectInvariant(1, 100, 500);
         std::_Exit(::testing::Test::HasFailure() ? 1 : 0);
