@@ -17,6 +17,18 @@ using buffers::GraphEntry;
 using buffers::GuardBand;
 using buffers::PrologueMode;
 
+namespace {
+
+// Waits for copies into host memory that is about to go, whatever became of queueing the rest of them: `queued`. A wait
+// that is refused is asked for once more; after a failure of the device nothing runs any longer.
+absl::Status WaitForCopies(Stream& stream, const absl::Status& queued) {
+  const absl::Status waited = stream.Synchronize();
+  if (!waited.ok()) stream.Synchronize().IgnoreError();
+  return queued.ok() ? waited : queued;
+}
+
+}  // namespace
+
 absl::Status BufferManager::Restore(Stream& stream) {
   const Impl::Call call(*impl_);
   PRISTINE_RETURN_IF_ERROR(call.status());
@@ -122,14 +134,17 @@ absl::Status BufferManager::Impl::ReadBack(Stream& stream, bool refilled_too, bu
   }
   out.bytes.resize(bytes);
   const absl::Span<std::byte> to = absl::MakeSpan(out.bytes);
-  for (const auto& [id, offset] : out.buffers) {
-    const BufferState& buffer = *buffers[static_cast<size_t>(id)];
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, buffer.bytes), {buffer.record.live, buffer.bytes}));
-  }
-  for (const auto& [band, offset] : out.bands) {
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, band->memory.size()), AsBytes(band->memory)));
-  }
-  return stream.Synchronize();
+  const auto queue = [&]() -> absl::Status {
+    for (const auto& [id, offset] : out.buffers) {
+      const BufferState& buffer = *buffers[static_cast<size_t>(id)];
+      PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, buffer.bytes), {buffer.record.live, buffer.bytes}));
+    }
+    for (const auto& [band, offset] : out.bands) {
+      PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, band->memory.size()), AsBytes(band->memory)));
+    }
+    return absl::OkStatus();
+  };
+  return WaitForCopies(stream, queue());
 }
 
 Violation BufferManager::Impl::Difference(Violation::Kind kind, const BufferState& buffer, const std::byte* was,
@@ -201,8 +216,7 @@ absl::Status BufferManager::Impl::CheckOriginals(Stream& stream, std::vector<Vio
   std::vector<std::byte> bytes;
   for (const Chunk& chunk : chunks) {
     bytes.resize(chunk.originals.bytes());
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(absl::MakeSpan(bytes), chunk.originals.span()));
-    PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+    PRISTINE_RETURN_IF_ERROR(WaitForCopies(stream, stream.CopyToHost(absl::MakeSpan(bytes), chunk.originals.span())));
     for (int i = 0; i < chunk.table.count; ++i) {
       const BufferState& buffer = *buffers[static_cast<size_t>(chunk.first + i)];
       const std::byte* const sealed = bytes.data() + (buffer.record.original - chunk.originals.span().address());
