@@ -376,10 +376,15 @@ ReportRing BufferManager::Impl::Ring(int graph) const {
   return {reports->device_records(), &control->reports, &control->current, buffers::Reports::kCapacity, graph};
 }
 
-absl::StatusOr<int> BufferManager::Impl::EntryOf(const char* graph, const Extent& bucket) {
+int BufferManager::Impl::FindEntry(const char* graph, const Extent& bucket) const {
   for (size_t i = 0; i < graphs.size(); ++i) {
     if (graphs[i].bucket == bucket && std::strcmp(graphs[i].graph, graph) == 0) return static_cast<int>(i);
   }
+  return -1;
+}
+
+absl::StatusOr<int> BufferManager::Impl::EntryOf(const char* graph, const Extent& bucket) {
+  if (const int found = FindEntry(graph, bucket); found >= 0) return found;
   if (graphs.size() == buffers::kMaxGraphs) {
     return absl::ResourceExhaustedError(absl::StrCat("a manager serves at most ", buffers::kMaxGraphs,
                                                      " graphs; no room for ", graph, " ", bucket.ToString()));

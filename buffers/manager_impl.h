@@ -153,6 +153,8 @@ class BufferManager::Impl final : public Witness {
 
   // The entry of (graph, bucket), made if it is new. RESOURCE_EXHAUSTED: kMaxGraphs.
   absl::StatusOr<int> EntryOf(const char* graph, const Extent& bucket);
+  int FindEntry(const char* graph, const Extent& bucket) const;  // -1: there is none
+  void AddToSignature(const buffers::GraphEntry& entry, Signature& signature) const;
   // OUT_OF_RANGE: `bucket` needs more elements than a buffer of the first `chunks` chunks has.
   absl::Status CheckCapacities(const Extent& bucket, int chunks) const;
 

@@ -26,6 +26,7 @@
 #include "pristine/graph_runtime/device.h"
 #include "pristine/graph_runtime/graph_hook.h"
 #include "pristine/graph_runtime/memory.h"
+#include "pristine/graph_runtime/signature.h"
 #include "pristine/graph_runtime/stream.h"
 
 namespace pristine {
@@ -200,6 +201,11 @@ class BufferManager final : public GraphHook {
   const char* name(int buffer) const;
   // The sealed original of a buffer: read-only memory that stays. Empty before it is sealed.
   DeviceSpan<const std::byte> original(int buffer) const;
+  // The manager's part of GraphRunner::SignatureHash, for the graph of `bucket` that the engine captures by itself:
+  // ranks compare it beside what they know of their nodes. Over the bucket, ManagerOptions, and the buffers that its
+  // prologue covers: names, roles, kinds, axes, sizes and contracts, in order. Limits, dummies and originals are left
+  // out: they follow from each rank's own memory. NOT_FOUND: no prologue was recorded for `bucket`.
+  absl::StatusOr<uint64_t> SignatureHash(const Extent& bucket) const;
   // For kernels of others that report into Poll; `bucket` names the graph in the reports.
   ReportRing report_ring(const Extent& bucket);
 
@@ -233,6 +239,7 @@ class BufferManager final : public GraphHook {
   void AfterCapture(const RunInfo& info, const absl::Status& outcome) override;
   absl::Status BeforeReplay(Stream& stream, const RunInfo& info) override;
   void AfterReplay(Stream& stream, const RunInfo& info, const absl::Status& outcome) override;
+  void AddToSignature(const RunInfo& info, Signature& signature) const override;
 
   absl::StatusOr<Registered> RegisterBytes(const BufferSpec& spec, Element element, DeviceSpan<std::byte> live,
                                            absl::Span<const std::byte> original, size_t size);
