@@ -29,7 +29,8 @@
 
 namespace pristine::testing {
 
-inline constexpr DecodeShape kLifeShape = {.q_heads = 2, .kv_heads = 1, .head_dim = 64, .page_size = 4};
+// Heads enough for a plan of a few hundred bytes on any GPU: its size decides how a step travels.
+inline constexpr DecodeShape kLifeShape = {.q_heads = 4, .kv_heads = 4, .head_dim = 64, .page_size = 4};
 inline constexpr Extent kSmall = {2, 2};
 inline constexpr Extent kLarge = {4, 4};
 
