@@ -142,14 +142,24 @@ TYPED_TEST(InjectionTest, AfterAnyFailureAllElseGoesOnAndARetryWorks) { this->Ru
 TYPED_TEST(InjectionTest, ARetryAtOnceWorks) { this->RunAll(Then::kRetry); }
 TYPED_TEST(InjectionTest, WhatIsAbandonedAfterAFailureLeavesNothing) { this->RunAll(Then::kAbandon); }
 
-// Why a backend reaches other points than HostEager.
-const char* ReasonFor(const Device& device, Operation operation) {
-  if (device.backend() == Backend::kCuda) {
-    if (operation == Operation::kGraphLaunch || operation == Operation::kInstantiate) {
-      return "the engine instantiates and launches its graph by CUDA's own calls";
-    }
+// How many points more than HostEager a backend reaches, and why.
+struct More {
+  int points = 0;
+  const char* reason = "";
+};
+More MoreThanHost(const Device& device, Operation operation) {
+  if (device.backend() == Backend::kHost) return {};
+  switch (operation) {
+    case Operation::kCreate:
+    case Operation::kLaunch:
+      return {1, "PagedDecode::Create sets its kernels' attributes, as if it launched them, on a stream of its own"};
+    case Operation::kInstantiate:
+      return {-1, "the engine instantiates its graph by CUDA's own call"};
+    case Operation::kGraphLaunch:
+      return {-1, "the engine launches its graph by CUDA's own call"};
+    default:
+      return {};
   }
-  return "";
 }
 
 TYPED_TEST(InjectionTest, ReachesThePointsThatHostReaches) {
@@ -167,12 +177,10 @@ TYPED_TEST(InjectionTest, ReachesThePointsThatHostReaches) {
   int total = 0, total_host = 0;
   for (const Operation operation : kAll) {
     const int expected = on_host.reached(operation), reached = here.reached(operation);
-    const char* const reason = expected == reached ? "" : ReasonFor(*this->device_, operation);
-    std::printf("| %s | %d | %d | %s |\n", ToString(operation), expected, reached, reason);
+    const More more = MoreThanHost(*this->device_, operation);
+    std::printf("| %s | %d | %d | %s |\n", ToString(operation), expected, reached, more.reason);
     EXPECT_GT(expected, 0) << ToString(operation) << ": the life never gets there";
-    if (reason[0] == '\0') {
-      EXPECT_EQ(reached, expected) << ToString(operation);
-    }
+    EXPECT_EQ(reached, expected + more.points) << ToString(operation);
     total += reached;
     total_host += expected;
   }

@@ -65,6 +65,8 @@ class Life {
         {"manager", [this] { return Make(manager_, [this] { return BufferManager::Create(device_); }); }, true},
         {"metadata", [this] { return MakeMetadata(); }, true},
         {"plan", [this] { return MakePlan(); }, true},
+        {"decode",
+         [this] { return Make(decode_, [this] { return attention::PagedDecode::Create(*plan_, 1.0f / 8); }); }, true},
         {"constant",
          [this] {
            return Add(constant_, "constant", Role::kConstant, {1, 2, 3});
@@ -188,7 +190,7 @@ class Life {
   }
 
   absl::Status MakePlan() {
-    PRISTINE_RETURN_IF_ERROR(Make(plan_, [this] {
+    return Make(plan_, [this] {
       return attention::DecodePlan::Create(*manager_, {.buckets = {kSmall, kLarge},
                                                        .q_heads = kLifeShape.q_heads,
                                                        .kv_heads = kLifeShape.kv_heads,
@@ -196,8 +198,7 @@ class Life {
                                                        .page_size = kLifeShape.page_size,
                                                        .max_row_tokens = 16,
                                                        .derived_from = {metadata_->lengths().id}});
-    }));
-    return Make(decode_, [this] { return attention::PagedDecode::Create(*plan_, 1.0f / 8); });
+    });
   }
 
   absl::Status Add(Buffer<int32_t>& to, const char* name, Role role, const std::vector<int32_t>& original) {

@@ -41,7 +41,7 @@ struct Buffer {
 enum class OnViolation {
   kNeutralise,  // record it, and make the replay harmless: lengths minimal, indptr flat, slots -1, pages the dummy page
   kRecord,      // record it and go on
-  kTrap,        // record it and stop the stream: CUDA traps (sticky for the context), Host fails the stream
+  kTrap,        // record it and trap: the device is lost, for good (IsDeviceLost in status.h)
 };
 
 struct ManagerOptions {
