@@ -62,7 +62,11 @@ class Life {
     return {
         {"streams", [this] { return MakeStreams(); }, false},
         {"tensors", [this] { return MakeTensors(); }, false},
-        {"manager", [this] { return Make(manager_, [this] { return BufferManager::Create(device_); }); }, true},
+        {"manager",
+         [this] {
+           return Make(manager_, [this] { return BufferManager::Create(device_, {.late_refill_bytes = 4096}); });
+         },
+         true},
         {"metadata", [this] { return MakeMetadata(); }, true},
         {"plan", [this] { return MakePlan(); }, true},
         {"decode",

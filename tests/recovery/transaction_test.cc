@@ -101,7 +101,8 @@ TYPED_TEST(TransactionTest, AFailedRecaptureKeepsTheGraphAndWhatItsReplaysNeed) 
     SCOPED_TRACE(ToString(operation));
     if (operation == Operation::kCopy && this->manager().sealed()) continue;  // only sealing copies
     this->ExpectFault(operation, 1, [&] { return this->runner_->Recapture(*this->stream(), kBucket); });
-    EXPECT_EQ(*this->runner_->graph(kBucket), before);
+    ASSERT_OK_AND_ASSIGN(const Graph* const after, this->runner_->graph(kBucket));
+    EXPECT_EQ(after, before);
     ASSERT_OK(this->manager().BeginStep(kBucket, {1, 1}));
     ASSERT_OK(this->Refill(early, {7}));
     ASSERT_OK(this->Replay(kBucket, {1, 1})) << "asks for a buffer that its graph does not know";
