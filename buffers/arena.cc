@@ -54,14 +54,18 @@ void Arena::EndBlock() {
   last_buffer_ = -1;
 }
 
-absl::Status Arena::Close(Stream& stream) {
-  EndBlock();
+absl::Status Arena::FillBands(Stream& stream) const {
   for (const GuardBand& band : open_bands_) {
     PRISTINE_RETURN_IF_ERROR(stream.Fill(band.memory, kGuardPattern));
   }
+  if (bytes_ == 0 || last_buffer_ < 0) return absl::OkStatus();
+  return stream.Fill({base_ + used_, kGuardBytes}, kGuardPattern);  // what EndBlock adds
+}
+
+void Arena::Close() {
+  EndBlock();
   bands_.insert(bands_.end(), open_bands_.begin(), open_bands_.end());
   open_bands_.clear();
-  return absl::OkStatus();
 }
 
 }  // namespace pristine::buffers

@@ -45,9 +45,10 @@ class Arena {
   Mark mark() const { return {blocks_.size(), open_bands_.size(), base_, bytes_, used_, last_buffer_, last_start_}; }
   void Rewind(const Mark& mark);
 
-  // Ends the current blocks, so that what comes later shares no page with what is there, and queues the filling of the
-  // new bands.
-  absl::Status Close(Stream& stream);
+  // Queues the filling of the bands that Close would end. Changes nothing here, so that it may fail and be tried again.
+  absl::Status FillBands(Stream& stream) const;
+  // Ends the current blocks, so that what comes later shares no page with what is there. The bands are filled.
+  void Close();
 
   // Bands of all closed blocks.
   const std::vector<GuardBand>& bands() const { return bands_; }

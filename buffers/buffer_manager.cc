@@ -363,9 +363,9 @@ absl::Status BufferManager::Impl::SealNewBuffers() {
 
   // Live memory starts as the originals, whatever ManagerOptions::restore says later.
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
-  PRISTINE_RETURN_IF_ERROR(constants.Close(*stream));
-  PRISTINE_RETURN_IF_ERROR(writable.Close(*stream));
-  PRISTINE_RETURN_IF_ERROR(shadows.Close(*stream));
+  PRISTINE_RETURN_IF_ERROR(constants.FillBands(*stream));
+  PRISTINE_RETURN_IF_ERROR(writable.FillBands(*stream));
+  PRISTINE_RETURN_IF_ERROR(shadows.FillBands(*stream));
   for (size_t i = 0; i < count; ++i) {  // version 0: none that a step builds on
     const BufferState& buffer = *buffers[first + i];
     if (buffer.record.shadow == nullptr) continue;
@@ -385,6 +385,10 @@ absl::Status BufferManager::Impl::SealNewBuffers() {
     PRISTINE_RETURN_IF_ERROR(stream->CopyFromHost(place, {table, sizeof(chunk.table)}));
     PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
   }
+  // Nothing can fail from here on.
+  constants.Close();
+  writable.Close();
+  shadows.Close();
   chunks.push_back(std::move(chunk));
   sealed_buffers = static_cast<int>(buffers.size());
   return absl::OkStatus();

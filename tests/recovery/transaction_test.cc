@@ -206,6 +206,26 @@ TYPED_TEST(TransactionTest, UnregisterGivesNamesAndMemoryBackUntilTheyAreSealed)
   EXPECT_STREQ(found[0].buffer, "a");
 }
 
+TYPED_TEST(TransactionTest, AfterASealThatFailedLateMemoryThatIsGivenBackHasNoGuardBandInIt) {
+  for (const auto& [operation, n] :
+       std::vector<std::pair<Operation, int>>{{Operation::kLaunch, 1}, {Operation::kSynchronize, 3}}) {
+    SCOPED_TRACE(ToString(operation));
+    this->MakeManager();
+    const Buffer<int32_t> a = this->Register(Spec("a", Role::kRestored), {3});
+    this->Register(Spec("b", Role::kRestored), {3});
+    this->ExpectFault(operation, n, [&] { return this->manager().Seal(); });
+    ASSERT_OK(this->manager().Unregister(1));
+    const Ints values(2000, 7);
+    const Buffer<int32_t> c = this->Register(Spec("c", Role::kRestored), values);
+    ASSERT_OK(this->manager().Seal());
+    ASSERT_OK_AND_ASSIGN(const std::vector<Violation> found, this->manager().Verify(*this->stream()));
+    EXPECT_EQ(Describe(found), "");
+    EXPECT_EQ(this->Read(a), Ints{3});
+    EXPECT_EQ(this->Read(c), values);
+    this->manager_ = nullptr;
+  }
+}
+
 TYPED_TEST(TransactionTest, AWrapperThatFailedHalfWayCanBeMadeAgain) {
   this->MakeManager();
   const attention::StepMetadataConfig config = {

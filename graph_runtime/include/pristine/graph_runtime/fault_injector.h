@@ -36,7 +36,9 @@ class FaultInjector {
   // Asked by each public call when its arguments are found good, right before the backend is called. Not OK: the
   // backend is not called, and the public call returns this; a capture in which that happens fails with it, as with an
   // error of the driver. `what`: the call, or the name of the kernel or the allocation. On the calling thread; calls on
-  // several threads at once where the device is used by several. Must not call the device.
+  // several threads at once where the device is used by several. Must not call the device. Fail single calls:
+  // destructors wait by the same calls, more than one of them where it matters, and an injector that refuses every
+  // kSynchronize would have memory freed under queued work.
   virtual absl::Status Before(Operation operation, const char* what) = 0;
 };
 
