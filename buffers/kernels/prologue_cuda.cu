@@ -645,6 +645,7 @@ __device__ void RunChecked(const PrologueParams& p, const std::byte* carried) {
       flawed = __syncthreads_or(CheckCarried<false>(p, entries, header.entries, values)) != 0;
       step = TakeStep(p, carried, ReadHeader(header), turn >> kTurnBits);
       if (threadIdx.x == 0 && (turn & kTurnMask) + 1 == gridDim.x) Publish(p, step, restored_bytes);
+      flawed = flawed && step.entries != nullptr;  // of a step that is not taken, the values do not matter
       wrong = step.not_armed || step.armed_twice || step.wrong_bucket || flawed;
       known = true;
     }
@@ -693,7 +694,9 @@ __global__ void __launch_bounds__(kThreads)
     InlinePrologueKernel(const __grid_constant__ InlinePrologueParams<kBytes> p) {
   cudaTriggerProgrammaticLaunchCompletion();
   const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(p.step);
-  if (header.check == 0 && header.slot < 0 && !p.base.judged) {
+  // Asked at once, and not one after the other: each may be a line of parameters that has to be fetched.
+  const bool judged = (header.check != 0) | (header.slot >= 0) | p.base.judged;
+  if (!judged) {
     RunChecked(p.base, p.step);
   } else {
     RunCarriedJudged(p.base, p.step);
