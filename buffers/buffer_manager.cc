@@ -39,6 +39,10 @@ absl::Status CheckOptions(const ManagerOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("ManagerOptions::late_refill_bytes is ", options.late_refill_bytes, "; at most ", kMaxLate));
   }
+  if (options.flight_records < 0 || options.flight_records > ManagerOptions::kMaxFlightRecords) {
+    return absl::InvalidArgumentError(absl::StrCat("ManagerOptions::flight_records is ", options.flight_records,
+                                                   "; it must be in [0, ", ManagerOptions::kMaxFlightRecords, "]"));
+  }
   return absl::OkStatus();
 }
 
@@ -63,6 +67,7 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
   auto impl = std::make_unique<Impl>(device, options);
   impl->graphs.reserve(buffers::kMaxGraphs);
   PRISTINE_ASSIGN_OR_RETURN(impl->reports, buffers::Reports::Create(device));
+  PRISTINE_ASSIGN_OR_RETURN(impl->flights, buffers::FlightLog::Create(device, options.flight_records));
   PRISTINE_ASSIGN_OR_RETURN(impl->replayed, device.CreateEvent());
 
   constexpr size_t kFirstBad = sizeof(buffers::Control) + buffers::kMaxChunks * sizeof(buffers::ChunkTable);
@@ -336,6 +341,7 @@ buffers::PrologueParams BufferManager::Impl::Prologue(buffers::PrologueMode mode
   params.first_bad = first_bad;
   params.board = reports->device_board();
   params.ring = Ring(graph);
+  params.flights = flights.ring();
   return params;
 }
 
@@ -343,10 +349,15 @@ ReportRing BufferManager::Impl::Ring(int graph) const {
   return {reports->device_records(), &control->reports, &control->current, buffers::Reports::kCapacity, graph};
 }
 
-absl::StatusOr<int> BufferManager::Impl::EntryOf(const char* graph, const Extent& bucket) {
+int BufferManager::Impl::FindEntry(const char* graph, const Extent& bucket) const {
   for (size_t i = 0; i < graphs.size(); ++i) {
     if (graphs[i].bucket == bucket && std::strcmp(graphs[i].graph, graph) == 0) return static_cast<int>(i);
   }
+  return -1;
+}
+
+absl::StatusOr<int> BufferManager::Impl::EntryOf(const char* graph, const Extent& bucket) {
+  if (const int found = FindEntry(graph, bucket); found >= 0) return found;
   if (graphs.size() == buffers::kMaxGraphs) {
     return absl::ResourceExhaustedError(absl::StrCat("a manager serves at most ", buffers::kMaxGraphs,
                                                      " graphs; no room for ", graph, " ", bucket.ToString()));

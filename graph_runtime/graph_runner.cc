@@ -107,7 +107,29 @@ absl::Status GraphRunner::CaptureBucket(Stream& stream, int index) {
   }
   stats_.capture_ms += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   for (GraphHook* hook : hooks_) hook->AfterCapture(captured, outcome);
+  if (outcome.ok()) entries_[index].signature = SignatureOf(*captured.captured, captured);
   return outcome;
+}
+
+uint64_t GraphRunner::SignatureOf(const Graph& graph, const RunInfo& info) const {
+  Signature signature;
+  signature.AddText(options_.name);
+  signature.AddNumber(info.bucket.requests);
+  signature.AddNumber(info.bucket.tokens);
+  signature.AddNumber(static_cast<int64_t>(graph.nodes().size()));
+  for (const GraphNode& node : graph.nodes()) {
+    signature.AddNumber(static_cast<int64_t>(node.kind));
+    signature.AddNumber(node.foreign ? 1 : 0);
+    signature.AddText(node.name);
+  }
+  signature.AddNumber(static_cast<int64_t>(graph.edges().size()));
+  for (const GraphEdge& edge : graph.edges()) {
+    signature.AddNumber(edge.from);
+    signature.AddNumber(edge.to);
+  }
+  signature.AddNumber(static_cast<int64_t>(hooks_.size()));
+  for (const GraphHook* hook : hooks_) hook->AddToSignature(info, signature);
+  return signature.hash();
 }
 
 absl::Status GraphRunner::Release(const Extent& bucket) {
@@ -169,6 +191,11 @@ absl::StatusOr<const Graph*> GraphRunner::graph(const Extent& bucket) const {
     return absl::NotFoundError(absl::StrCat("'", options_.name, "': bucket ", bucket.ToString(), " was not captured"));
   }
   return entries_[index].graph.get();
+}
+
+absl::StatusOr<uint64_t> GraphRunner::SignatureHash(const Extent& bucket) const {
+  PRISTINE_RETURN_IF_ERROR(graph(bucket).status());
+  return entries_[IndexOf(bucket)].signature;
 }
 
 int GraphRunner::IndexOf(const Extent& bucket) const {

@@ -109,11 +109,26 @@ TYPED_TEST(BrokenWrapperTest, ARowCountFrozenAtCaptureIsFoundInReplays) {
   this->ExpectOnly(Finding::Kind::kReplayDiffers, this->Check(Fault::kFreezesRows, {.head_dim = 16, .buckets = {6}}));
 }
 
+TYPED_TEST(BrokenWrapperTest, ArraysThatAreNewInEachStepAreFoundInReplays) {
+  const AttentionShape shape = {.head_dim = 16, .buckets = {1, 3, 6}};
+  const Report report = this->Check(Fault::kNewArrays, shape, false);  // nobody could name them
+  EXPECT_TRUE(report.Has(Finding::Kind::kReplayDiffers)) << report.ToString();
+  EXPECT_FALSE(report.Has(Finding::Kind::kNotRepeatable)) << report.ToString();
+  EXPECT_FALSE(report.Has(Finding::Kind::kReadsPadding)) << report.ToString();
+}
+
 TYPED_TEST(BrokenWrapperTest, AnotherKernelInCapturesIsFoundInTheFirstLaunch) {
   const Report report = this->Check(Fault::kCapturesOther);
   EXPECT_TRUE(report.Has(Finding::Kind::kCapturedDiffers)) << report.ToString();
   EXPECT_FALSE(report.Has(Finding::Kind::kNotRepeatable)) << report.ToString();
   EXPECT_FALSE(report.Has(Finding::Kind::kReadsPadding)) << report.ToString();
+}
+
+TYPED_TEST(BrokenWrapperTest, AKernelOnAStreamThatIsNotCapturedIsFoundInTheFirstLaunch) {
+  const Report report = this->Check(Fault::kLeavesCapture);
+  EXPECT_TRUE(report.Has(Finding::Kind::kCapturedDiffers)) << report.ToString();
+  EXPECT_FALSE(report.Has(Finding::Kind::kNotRepeatable)) << report.ToString();
+  EXPECT_FALSE(report.Has(Finding::Kind::kRefused)) << report.ToString();
 }
 
 TYPED_TEST(BrokenWrapperTest, BlockingInRunIsRefused) {

@@ -31,10 +31,12 @@ enum class Fault : int32_t {
   kMissesLastRow,  // bucket - 1 rows
   kFreezesRows,    // the rows of the step that was prepared last, baked into the graph
   kCapturesOther,  // another kernel, which sums in another order, in captures
+  kLeavesCapture,  // in captures, launches on a stream that is not captured
   kFails,          // a kernel that fails the stream
   kBlocks,         // synchronizes
   // In Prepare.
   kLeavesSlotTail,  // pads nothing
+  kNewArrays,       // other arrays in each step, as from an allocator: a graph keeps those of its capture
   kSkipsSameRows,   // uploads only if the number of requests changed
   kOneStagingSlot,  // overwrites what an earlier step's copy has not read yet
   kRefusesNoRequests,

@@ -25,8 +25,9 @@ class NaiveWrapper : public conformance::AttentionWrapper {
                                                               Fault fault, bool tells_arrays = true) {
     std::unique_ptr<NaiveWrapper> wrapper(new NaiveWrapper(shape, fault, tells_arrays));
     const size_t bytes = wrapper->Size() * sizeof(int32_t);
-    PRISTINE_ASSIGN_OR_RETURN(wrapper->device_, device.Allocate(bytes, "naive.arrays"));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->device_, device.Allocate(2 * bytes, "naive.arrays"));
     PRISTINE_ASSIGN_OR_RETURN(wrapper->staging_, device.AllocatePinned(kSlots * bytes, "naive.staging"));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->other_, device.CreateStream());
     return wrapper;
   }
 
@@ -37,6 +38,7 @@ class NaiveWrapper : public conformance::AttentionWrapper {
     const int32_t real = static_cast<int32_t>(step.lengths.size());
     if (fault_ == Fault::kSkipsSameRows && real == real_) return absl::OkStatus();
     real_ = real;
+    if (fault_ == Fault::kNewArrays) block_ = 1 - block_;
     if (fault_ != Fault::kOneStagingSlot) slot_ = (slot_ + 1) % kSlots;
     const absl::Span<int32_t> to = staging_.As<int32_t>().subspan(slot_ * Size(), Size());
     std::fill(to.begin(), to.end(), 0);
@@ -49,7 +51,7 @@ class NaiveWrapper : public conformance::AttentionWrapper {
     const auto upload = [&](size_t from, size_t end) {
       if (from == end) return absl::OkStatus();
       return stream.CopyFromHost(
-          AsWritableBytes(device_.As<int32_t>().Sub(from, end - from)),
+          AsWritableBytes(device_.As<int32_t>().Sub(block_ * Size() + from, end - from)),
           staging_.As<std::byte>().subspan((slot_ * Size() + from) * sizeof(int32_t), (end - from) * sizeof(int32_t)));
     };
     const size_t pages_end = fault_ == Fault::kLeavesPageTail ? Indices() + step.kv_indices.size() : Slots();
@@ -59,7 +61,7 @@ class NaiveWrapper : public conformance::AttentionWrapper {
   }
 
   absl::Status Run(Stream& stream, int32_t bucket, const conformance::AttentionTensors& t) override {
-    const auto array = [&](size_t from) { return device_.As<int32_t>().address() + from; };
+    const auto array = [&](size_t from) { return device_.As<int32_t>().address() + block_ * Size() + from; };
     const auto in = [](DeviceSpan<const std::byte> s) { return reinterpret_cast<const float*>(s.address()); };
     const auto out = [](DeviceSpan<std::byte> s) { return reinterpret_cast<float*>(s.address()); };
     NaiveParams params = {.q = in(t.q),
@@ -91,6 +93,9 @@ class NaiveWrapper : public conformance::AttentionWrapper {
     if (shape_.appends) {
       PRISTINE_RETURN_IF_ERROR(Launch(stream, kNaiveAppend, params));
     }
+    if (fault_ == Fault::kLeavesCapture && stream.capturing()) {  // what runs there instead makes no difference
+      return Launch(*other_, kDelay, {.nanoseconds = 1});
+    }
     PRISTINE_RETURN_IF_ERROR(Launch(stream, kNaiveAttend, params));
     return fault_ == Fault::kBlocks ? stream.Synchronize() : absl::OkStatus();
   }
@@ -120,7 +125,9 @@ class NaiveWrapper : public conformance::AttentionWrapper {
   const bool tells_arrays_;
   DeviceBuffer device_;
   PinnedBuffer staging_;
+  std::unique_ptr<Stream> other_;  // never captured
   size_t slot_ = 0;
+  size_t block_ = 0;   // of the two in device_
   int32_t real_ = -1;  // requests of the step prepared last
 };
 

@@ -24,6 +24,8 @@ struct Violation {
     kOriginalChanged,  // a sealed original was changed (only where ProtectionLevel is kDigest)
     kUndeclaredWrite,  // Host enforcement: `node` wrote without declaring it
     kClamped,          // a kernel clamped a value to its bound
+    kInfiniteLse,  // a merge met a log-sum-exp of +inf and took the state as empty: row (index) and head (actual) of
+                   // its first or second input (expected: 0 or 1)
   };
   Kind kind = Kind::kPolluted;
   const char* buffer = "";  // name of the buffer

@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "pristine/graph_runtime/extent.h"
+#include "pristine/graph_runtime/signature.h"
 #include "pristine/graph_runtime/stream.h"
 
 namespace pristine {
@@ -42,6 +43,9 @@ class GraphHook {
   virtual absl::Status BeforeReplay(Stream& stream, const RunInfo& info) = 0;
   // After the launch was queued, or refused (`outcome`). Only for hooks whose BeforeReplay succeeded.
   virtual void AfterReplay(Stream& stream, const RunInfo& info, const absl::Status& outcome) = 0;
+  // After AfterCapture of each capture that succeeded: adds what this hook gave the graph, for
+  // GraphRunner::SignatureHash. Nothing that may differ between ranks, such as addresses. By default nothing.
+  virtual void AddToSignature(const RunInfo&, Signature&) const {}
 };
 
 }  // namespace pristine

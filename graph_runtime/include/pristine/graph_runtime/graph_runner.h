@@ -68,15 +68,22 @@ class GraphRunner {
   const Stats& stats() const { return stats_; }
   // What was captured, for inspection. NOT_FOUND: not captured. Valid until Recapture or Release.
   absl::StatusOr<const Graph*> graph(const Extent& bucket) const;
+  // A number for ranks to compare before their first replay (docs/capture_semantics.md, "Ranks"): equal where they
+  // captured alike, in every process and on every machine. Over the runner's name, the bucket, each node's kind and
+  // name in order, the edges, and what the hooks add (BufferManager: its options, and the buffers' names, roles, kinds,
+  // axes and sizes). NOT_FOUND: not captured.
+  absl::StatusOr<uint64_t> SignatureHash(const Extent& bucket) const;
 
  private:
   struct Entry {
     std::unique_ptr<Graph> graph;  // null: not captured
     std::unique_ptr<GraphExec> exec;
+    uint64_t signature = 0;
   };
   GraphRunner(RunnerOptions options, Body body);
   int IndexOf(const Extent& bucket) const;  // -1: not one of ours
   absl::Status CaptureBucket(Stream& stream, int index);
+  uint64_t SignatureOf(const Graph& graph, const RunInfo& info) const;
 
   const RunnerOptions options_;
   const Body body_;
