@@ -1,6 +1,7 @@
 // What happens each step: BeginStep, Refill, BeforeReplay, and the runner's hooks.
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "absl/strings/str_cat.h"
 #include "buffers/manager_impl.h"
@@ -221,6 +222,7 @@ absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::Sl
   } else {
     std::memcpy(params.step, &header, sizeof(header));
   }
+  std::fill(std::begin(params.salt), std::end(params.salt), header.sequence * 0x9E3779B97F4A7C15u);
   entry.carries = true;  // also if it fails: what the node holds is unknown then
   return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
 }
