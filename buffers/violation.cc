@@ -26,6 +26,10 @@ const char* ToString(Violation::Kind kind) {
       return "undeclared write";
     case Violation::Kind::kClamped:
       return "clamped";
+    case Violation::Kind::kInfiniteLse:
+      return "log-sum-exp of +inf";
+    case Violation::Kind::kMissedUpdate:
+      return "update missed";
   }
   return "unknown violation";
 }
@@ -48,8 +52,16 @@ std::string Violation::ToString() const {
     case Kind::kClamped:
       absl::StrAppend(&text, buffer, "[", index, "] is ", actual, ", bound ", expected);
       break;
+    case Kind::kInfiniteLse:
+      absl::StrAppend(&text, "row ", index, ", head ", actual, " of the ", expected == 0 ? "first" : "second",
+                      " input of a merge");
+      break;
     case Kind::kPlanMismatch:
       absl::StrAppend(&text, buffer, "[", index, "]: planned ", expected, ", converted ", actual);
+      break;
+    case Kind::kMissedUpdate:
+      absl::StrAppend(&text, buffer, ": the step changes version ", expected, ", the device holds version ", actual,
+                      "; a Refill replaces it");
       break;
     case Kind::kGuardBand:
       absl::StrAppend(&text, buffer, ", byte ", index, " from its start, is ", actual, ", was ", expected);
