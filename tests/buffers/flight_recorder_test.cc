@@ -224,7 +224,7 @@ TYPED_TEST(FlightRecorderTest, TheRecordOfAStreamThatWasStoppedIsThere) {
   this->RunStep(kSmall, 1);
   this->Open(kSmall, 2, 500);
   ASSERT_OK(this->runner_->Replay(*this->stream(), kSmall, {2, 2}));
-  EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "pristine_prologue");
+  EXPECT_STATUS(this->stream()->Synchronize(), kAborted, "pristine_prologue trapped");
   this->ExpectLast(Status::kTrapped, Violation::Kind::kInvariant);
   EXPECT_EQ(this->Records().size(), 2u);
 }
