@@ -227,6 +227,10 @@ void BufferManager::Impl::ChooseSize(GraphEntry& entry, size_t need) {
 absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, buffers::SlotHeader header,
                                           GraphExec* exec) {
   if (exec == nullptr || entry.node < 0) return ring->Send(stream, header);
+  if (!entry.inlines) {
+    PRISTINE_RETURN_IF_ERROR(PutBack(entry, *exec));
+    return ring->Send(stream, header);
+  }
   size_t need = ring->PackedBytes(entry.refilled);
   if (ring->value_bytes() > options.parameter_bytes || need > buffers::kInlineBytes[buffers::kInlineSizes - 1]) {
     PRISTINE_RETURN_IF_ERROR(ring->SendAhead(stream, reports->ReadBoard().consumed, header));
@@ -299,16 +303,17 @@ absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* 
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<GraphExec> adopted, impl.device.AdoptExec(graph, exec));
   PRISTINE_ASSIGN_OR_RETURN(entry.node, adopted->FindKernel(buffers::kPrologue, *entry.recording));
   entry.params = std::make_unique<buffers::PrologueParams>(*entry.recording);
+  entry.carries = entry.inlines = false;
   if (impl.options.parameter_bytes > 0) {
     if (absl::Status tried = impl.TryInline(entry, *adopted); !tried.ok()) {
+      entry.node = -1;
       return absl::InvalidArgumentError(
-          absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue: ",
+          absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue",
+                       entry.carries ? ", and holds none that work: instantiate it again: " : ": ",
                        std::string(tried.message().data(), tried.message().size())));
     }
-  } else {
-    entry.node = -1;
+    entry.inlines = true;
   }
-  entry.carries = false;
   entry.exec = adopted.get();
   entry.attached = std::move(adopted);
   return absl::OkStatus();
@@ -322,11 +327,9 @@ absl::Status BufferManager::DetachExec(const Extent& bucket) {
   if (entry.attached == nullptr) {
     return absl::NotFoundError(absl::StrCat("DetachExec: bucket ", bucket.ToString(), " has no exec attached"));
   }
-  if (entry.carries) {
-    PRISTINE_RETURN_IF_ERROR(entry.attached->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
-  }
-  entry.carries = false;
+  PRISTINE_RETURN_IF_ERROR(Impl::PutBack(entry, *entry.attached));
   entry.exec = nullptr;
+  entry.inlines = false;
   entry.node = -1;
   entry.attached = nullptr;
   return absl::OkStatus();
@@ -354,6 +357,7 @@ absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::ProloguePar
 }
 
 // Gives the node each size of parameters once: the first use of a kernel loads it, which must not happen in a replay.
+// Then as captured again; if that fails, entry.carries is true and the node must be set before each launch.
 absl::Status BufferManager::Impl::TryInline(GraphEntry& entry, GraphExec& exec) {
   const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
     params.base = *entry.params;
@@ -365,8 +369,17 @@ absl::Status BufferManager::Impl::TryInline(GraphEntry& entry, GraphExec& exec) 
   }
   absl::Status status;
   std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params.all);
-  status.Update(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+  entry.carries = true;
+  PutBack(entry, exec).IgnoreError();
   return status;
+}
+
+// So that the graph takes its steps from slots.
+absl::Status BufferManager::Impl::PutBack(GraphEntry& entry, GraphExec& exec) {
+  if (!entry.carries) return absl::OkStatus();
+  PRISTINE_RETURN_IF_ERROR(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+  entry.carries = false;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
@@ -446,13 +459,14 @@ void BufferManager::AfterCapture(const RunInfo& info, const absl::Status& outcom
   entry.params = std::move(entry.recording);
   entry.exec = info.exec;
   entry.node = -1;
+  entry.inlines = false;
   entry.carries = false;
   if (entry.params == nullptr || impl_->options.parameter_bytes == 0) return;
   const std::vector<GraphNode>& nodes = info.captured->nodes();
   for (size_t i = 0; i < nodes.size() && entry.node < 0; ++i) {
     if (!nodes[i].foreign) entry.node = static_cast<int>(i);  // the first that was recorded through Stream
   }
-  if (!impl_->TryInline(entry, *info.exec).ok()) entry.node = -1;
+  if (entry.node >= 0) entry.inlines = impl_->TryInline(entry, *info.exec).ok();
 }
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
@@ -460,6 +474,11 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
   if (!call.entered()) return SecondThread();
   impl_->TakeBackUnlaunchedStep();
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
+  if (impl_->graphs[static_cast<size_t>(graph)].exec != info.exec) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("replay of ", info.graph, " ", info.bucket.ToString(),
+                     ": another runner of that name captured the bucket later; on one manager, names differ"));
+  }
   PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, info.extent, info.exec));
   impl_->awaiting_launch = true;
   return absl::OkStatus();

@@ -87,7 +87,8 @@ struct GraphEntry {
   std::unique_ptr<PrologueParams> recording;  // of the capture that has not ended; null: not at its head
   const GraphExec* exec = nullptr;
   std::unique_ptr<GraphExec> attached;  // null: not attached
-  int node = -1;                        // in `exec`; -1: its steps come through the ring
+  int node = -1;                        // in `exec`; -1: unknown, its steps come through the ring
+  bool inlines = false;                 // the node takes steps in its parameters
   int refilled = 0;                     // kRefilled buffers of its chunks, which come first in a step's table
   int size = 0;                         // place in kInlineBytes of the parameters
   int enough = 0;                       // the largest that the steps needed since it was chosen
@@ -163,6 +164,7 @@ class BufferManager::Impl {
   absl::Status LaunchPrologue(Stream& stream, int graph);
   buffers::PrologueParams ReplayPrologue(const buffers::GraphEntry& entry, int graph) const;
   absl::Status TryInline(buffers::GraphEntry& entry, GraphExec& exec);
+  static absl::Status PutBack(buffers::GraphEntry& entry, GraphExec& exec);
   // `compare`: constants that differ from their originals are reported before they are put back.
   absl::Status RestoreAll(Stream& stream, const Extent& bucket, bool restored_too, bool compare);
   // Launches or records a prologue. A launched one counts as the manager's last work, as a replay does.
