@@ -35,6 +35,7 @@ void AddBuffer(const BufferState& buffer, Signature& signature) {
   signature.AddNumber(spec.contract.reads_tail ? 1 : 0);
   signature.AddNumber(spec.only_bucket.has_value() ? spec.only_bucket->requests : -1);
   signature.AddNumber(spec.only_bucket.has_value() ? spec.only_bucket->tokens : -1);
+  signature.AddNumber(spec.deltas ? 1 : 0);
   signature.AddNumber(static_cast<int64_t>(spec.derived_from.size()));
   for (const int source : spec.derived_from) signature.AddNumber(source);
 }

@@ -1,7 +1,9 @@
 // What happens each step: BeginStep, Refill, BeforeReplay, and the runner's hooks.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <iterator>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "buffers/manager_impl.h"
@@ -17,7 +19,7 @@ using buffers::PrologueMode;
 
 absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   if (extent.requests < 0 || extent.tokens < 0 || bucket.requests < 1 || bucket.tokens < 1) {
     return absl::InvalidArgumentError(absl::StrCat("a step of extent ", extent.ToString(), " in bucket ",
@@ -32,6 +34,12 @@ absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent
   }
   impl.TakeBackUnlaunchedStep();
   impl.step_open = false;
+  PRISTINE_ASSIGN_OR_RETURN(const bool room, impl.HasRoom());
+  if (!room) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "all ", impl.ends.size(), " staging slots are in flight: step ", impl.next_sequence - impl.ends.size(),
+        " has not begun, and the last that has is ", impl.reports->ReadBoard().consumed, "; see WaitForSlot"));
+  }
   PRISTINE_RETURN_IF_ERROR(impl.ring->Open(impl.next_sequence));
   ++impl.step;
   impl.step_open = true;
@@ -42,41 +50,44 @@ absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent
 
 absl::Status BufferManager::WaitForSlot() {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (impl_->ring == nullptr) return absl::OkStatus();
   impl_->TakeBackUnlaunchedStep();
+  PRISTINE_RETURN_IF_ERROR(impl_->WaitForRoom());
   return impl_->ring->Wait(impl_->next_sequence);
+}
+
+// Whether one more step keeps to the depth: the step that came so many before it has begun; or has ended, if a graph
+// without the prologue was launched for it.
+absl::StatusOr<bool> BufferManager::Impl::HasRoom() {
+  if (next_sequence <= ends.size()) return true;
+  const uint64_t oldest = next_sequence - ends.size();
+  if (reports->ReadBoard().consumed >= oldest) return true;
+  const End& end = EndOf(oldest);
+  return end.sequence == oldest ? end.event->IsReached() : false;
+}
+
+absl::Status BufferManager::Impl::WaitForRoom() {
+  for (;;) {
+    PRISTINE_ASSIGN_OR_RETURN(const bool room, HasRoom());
+    if (room) return absl::OkStatus();
+    const End& end = EndOf(next_sequence - ends.size());
+    if (end.sequence != next_sequence - ends.size()) return device.Synchronize();  // its end could not be marked
+    if (device.deferred()) return end.event->Synchronize();
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  }
 }
 
 absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::Span<const std::byte> values,
                                         size_t size) {
   const ScopedRange range("refill");
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
-  if (impl.Find(buffer) == nullptr) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("there is no buffer ", buffer, "; ids are in [0, ", impl.buffers.size(), ")"));
-  }
-  BufferState& state = *impl.buffers[static_cast<size_t>(buffer)];
+  PRISTINE_ASSIGN_OR_RETURN(BufferState* const taker, impl.Taker(buffer, element_bytes, "refill"));
+  BufferState& state = *taker;
   const std::string& name = state.spec.name;
   const int64_t capacity = state.record.capacity;
-  if (state.spec.role != Role::kRefilled) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("buffer ", name, " is ", ToString(state.spec.role), "; only refilled buffers take values"));
-  }
-  if (static_cast<int64_t>(element_bytes) != state.record.element_bytes) {
-    return absl::InvalidArgumentError(absl::StrCat("buffer ", name, " has elements of ", state.record.element_bytes,
-                                                   " bytes; the refill's have ", element_bytes));
-  }
-  if (!impl.step_open) {
-    return absl::FailedPreconditionError(absl::StrCat("refill of ", name, ": no step is open; call BeginStep first"));
-  }
-  if (!buffers::UsedBy(state.spec, impl.step_bucket)) {
-    return absl::FailedPreconditionError(absl::StrCat("buffer ", name, " belongs to bucket ",
-                                                      state.spec.only_bucket->ToString(), "; the open step is for ",
-                                                      impl.step_bucket.ToString()));
-  }
   if (static_cast<int64_t>(size) > capacity) {
     return absl::OutOfRangeError(
         absl::StrCat("refill of ", name, " with ", size, " elements; the buffer holds ", capacity));
@@ -86,20 +97,56 @@ absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::
     return absl::InvalidArgumentError(absl::StrCat("refill of ", name, " with ", size, " elements; extent ",
                                                    impl.step_extent.ToString(), " has ", expected));
   }
-  PRISTINE_RETURN_IF_ERROR(impl.Stage(state, values, static_cast<int64_t>(size)));
-  if (!values.empty()) std::memcpy(state.values.data(), values.data(), values.size());
-  state.count = static_cast<int64_t>(size);
-  state.extent = impl.step_extent;
-  state.refilled = state.generation;
-  for (size_t i = 0; i < state.made_from.size(); ++i) {
-    state.made_from[i] = impl.Find(state.spec.derived_from[i])->refilled;
+  if (state.deltas != nullptr) {
+    state.deltas->Refill(values);
+  } else {
+    PRISTINE_RETURN_IF_ERROR(impl.Stage(state, values, static_cast<int64_t>(size)));
+    if (!values.empty()) std::memcpy(state.values.data(), values.data(), values.size());
   }
+  impl.Given(state, static_cast<int64_t>(size));
   return absl::OkStatus();
+}
+
+absl::StatusOr<BufferState*> BufferManager::Impl::Taker(int buffer, size_t element_bytes, const char* call) {
+  if (Find(buffer) == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("there is no buffer ", buffer, "; ids are in [0, ", buffers.size(), ")"));
+  }
+  BufferState& state = *buffers[static_cast<size_t>(buffer)];
+  const std::string& name = state.spec.name;
+  if (state.spec.role != Role::kRefilled) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("buffer ", name, " is ", ToString(state.spec.role), "; only refilled buffers take values"));
+  }
+  if (static_cast<int64_t>(element_bytes) != state.record.element_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("buffer ", name, " has elements of ", state.record.element_bytes,
+                                                   " bytes; those of the ", call, " have ", element_bytes));
+  }
+  if (!step_open) {
+    return absl::FailedPreconditionError(absl::StrCat(call, " of ", name, ": no step is open; call BeginStep first"));
+  }
+  if (!buffers::UsedBy(state.spec, step_bucket)) {
+    return absl::FailedPreconditionError(absl::StrCat("buffer ", name, " belongs to bucket ",
+                                                      state.spec.only_bucket->ToString(), "; the open step is for ",
+                                                      step_bucket.ToString()));
+  }
+  return &state;
+}
+
+void BufferManager::Impl::Given(BufferState& buffer, int64_t count) {
+  ++buffer.generation;
+  buffer.step = step;
+  buffer.count = count;
+  buffer.extent = step_extent;
+  buffer.refilled = buffer.generation;
+  for (size_t i = 0; i < buffer.made_from.size(); ++i) {
+    buffer.made_from[i] = Find(buffer.spec.derived_from[i])->refilled;
+  }
 }
 
 absl::Status BufferManager::KeepBytes(int buffer) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   if (impl.Find(buffer) == nullptr || impl.Find(buffer)->spec.role != Role::kRefilled) {
     return absl::InvalidArgumentError(absl::StrCat("Keep of buffer ", buffer, " (\"", name(buffer),
@@ -123,8 +170,13 @@ absl::Status BufferManager::KeepBytes(int buffer) {
                                                       state.extent.ToString(), "; the open step has ",
                                                       impl.step_extent.ToString()));
   }
-  const size_t bytes = static_cast<size_t>(state.count * state.record.element_bytes);
-  return impl.Stage(state, absl::MakeConstSpan(state.values).first(bytes), state.count);
+  if (state.deltas == nullptr) {
+    const size_t bytes = static_cast<size_t>(state.count * state.record.element_bytes);
+    PRISTINE_RETURN_IF_ERROR(impl.Stage(state, absl::MakeConstSpan(state.values).first(bytes), state.count));
+  }
+  ++state.generation;
+  state.step = impl.step;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::Impl::Stage(BufferState& buffer, absl::Span<const std::byte> values, int64_t count) {
@@ -132,8 +184,6 @@ absl::Status BufferManager::Impl::Stage(BufferState& buffer, absl::Span<const st
     return absl::Status(put.code(), absl::StrCat("refill of ", buffer.spec.name, ": ",
                                                  std::string(put.message().data(), put.message().size())));
   }
-  ++buffer.generation;
-  buffer.step = step;
   return absl::OkStatus();
 }
 
@@ -143,16 +193,18 @@ void BufferManager::Impl::TakeBackUnlaunchedStep() {
   if (!awaiting_launch.exchange(false)) return;
   --next_sequence;
   --replays;
+  for (const int id : with_deltas) buffers[static_cast<size_t>(id)]->deltas->TakeBack(next_sequence);
 }
 
 absl::Status BufferManager::Impl::CheckOrder(Stream& stream) {
   if (last_stream == nullptr || last_stream == stream.native() || stream.capturing()) return absl::OkStatus();
-  PRISTINE_ASSIGN_OR_RETURN(const bool reached, replayed->IsReached());
+  PRISTINE_ASSIGN_OR_RETURN(const bool reached, marked != nullptr ? marked->IsReached() : absl::StatusOr<bool>(false));
   const uint64_t consumed = reports->ReadBoard().consumed;
   if (reached && consumed + 1 >= next_sequence) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
       "step ", next_sequence - 1, " or a restore after it still runs on another stream (the last step that began is ",
-      consumed, "); one manager's replays follow each other, graphs that run at once need two managers"));
+      consumed, marked != nullptr ? "" : "; its end could not be marked: replay or restore there once more",
+      "); one manager's replays follow each other, graphs that run at once need two managers"));
 }
 
 absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Extent& bucket, const Extent& extent) const {
@@ -244,6 +296,11 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
   GraphEntry& entry = graphs[static_cast<size_t>(graph)];
   PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
   PRISTINE_RETURN_IF_ERROR(CheckStep(entry, entry.bucket, extent));
+  // Where the engine launches, it is seen here only that the step before has been queued.
+  if (const uint64_t before = next_sequence - 1; before > 0 && EndOf(before).sequence != before) {
+    PRISTINE_RETURN_IF_ERROR(MarkEnd(stream, before));
+  }
+  PRISTINE_RETURN_IF_ERROR(StageDeltas(entry, extent));
   buffers::SlotHeader header;
   header.sequence = next_sequence;
   header.bucket = entry.bucket;
@@ -253,11 +310,13 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
                   next_sequence % static_cast<uint64_t>(options.sample_every) == 0);
   if (flights.capacity() > 0) {
     ForEachTail(entry.bucket, [&header](int place, const BufferState& buffer) {
-      const auto* const values = reinterpret_cast<const int32_t*>(buffer.values.data());
+      const auto* const values =
+          reinterpret_cast<const int32_t*>(buffer.deltas == nullptr ? buffer.values.data() : buffer.deltas->mirror());
       header.indptr_tails[place] = buffer.count > 0 ? values[buffer.count - 1] : 0;
     });
   }
   PRISTINE_RETURN_IF_ERROR(Deliver(stream, entry, header, exec));
+  ForEachWithDeltas(entry, [this](BufferState& buffer) { buffer.deltas->Sent(next_sequence); });
   entry.order = ++runs;
   entry.replay = static_cast<int64_t>(next_sequence);
   ++next_sequence;
@@ -269,7 +328,7 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (stream.capturing()) return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf("", bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
@@ -288,7 +347,7 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, c
 
 absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* exec) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_ASSIGN_OR_RETURN(const int id, impl.EntryOf("", bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(id)];
@@ -306,13 +365,13 @@ absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* 
   entry.carries = entry.inlines = false;
   if (impl.options.parameter_bytes > 0) {
     if (absl::Status tried = impl.TryInline(entry, *adopted); !tried.ok()) {
+      entry.inlines = false;
       entry.node = -1;
       return absl::InvalidArgumentError(
           absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue",
                        entry.carries ? ", and holds none that work: instantiate it again: " : ": ",
                        std::string(tried.message().data(), tried.message().size())));
     }
-    entry.inlines = true;
   }
   entry.exec = adopted.get();
   entry.attached = std::move(adopted);
@@ -321,7 +380,7 @@ absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* 
 
 absl::Status BufferManager::DetachExec(const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   PRISTINE_ASSIGN_OR_RETURN(const int id, impl_->EntryOf("", bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(id)];
   if (entry.attached == nullptr) {
@@ -353,25 +412,41 @@ absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::ProloguePar
   PRISTINE_RETURN_IF_ERROR(Launch(stream, buffers::kPrologue, params));
   if (stream.capturing()) return absl::OkStatus();
   last_stream = stream.native();
-  return stream.Record(*replayed);
+  return Mark(stream, *replayed);
+}
+
+absl::Status BufferManager::Impl::Mark(Stream& stream, Event& event) {
+  absl::Status status = stream.Record(event);
+  marked = status.ok() ? &event : nullptr;
+  return status;
+}
+
+absl::Status BufferManager::Impl::MarkEnd(Stream& stream, uint64_t sequence) {
+  End& end = EndOf(sequence);
+  end.sequence = 0;
+  PRISTINE_RETURN_IF_ERROR(Mark(stream, *end.event));
+  end.sequence = sequence;
+  return absl::OkStatus();
 }
 
 // Gives the node each size of parameters once: the first use of a kernel loads it, which must not happen in a replay.
-// Then as captured again; if that fails, entry.carries is true and the node must be set before each launch.
+// A node that refuses one gets its steps through the ring; returns the first refusal.
 absl::Status BufferManager::Impl::TryInline(GraphEntry& entry, GraphExec& exec) {
-  const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
-    params.base = *entry.params;
-    return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
-  };
   entry.refilled = 0;
   for (int c = 0; c < entry.params->num_chunks; ++c) {
     entry.refilled += static_cast<int>(chunks[static_cast<size_t>(c)].refilled.size());
   }
-  absl::Status status;
-  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params.all);
-  entry.carries = true;
+  absl::Status refused;
+  const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
+    params.base = *entry.params;
+    const absl::Status status = exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
+    entry.carries |= status.ok();
+    refused.Update(status);
+  };
+  std::apply([&](auto&... params) { (set(params), ...); }, inline_params.all);
+  entry.inlines = refused.ok();
   PutBack(entry, exec).IgnoreError();
-  return status;
+  return refused;
 }
 
 // So that the graph takes its steps from slots.
@@ -384,7 +459,7 @@ absl::Status BufferManager::Impl::PutBack(GraphEntry& entry, GraphExec& exec) {
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   const bool capturing = stream.capturing();
   if (capturing) {
@@ -408,8 +483,12 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
     return absl::FailedPreconditionError(absl::StrCat("prologue of bucket ", bucket.ToString(),
                                                       ": its steps go to the exec that is attached; DetachExec first"));
   }
+  const int chunks_before = entry.chunks;
   if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
-  PRISTINE_RETURN_IF_ERROR(impl.LaunchPrologue(stream, graph));
+  if (absl::Status status = impl.LaunchPrologue(stream, graph); !status.ok()) {
+    entry.chunks = chunks_before;  // what the engine captured before stays
+    return status;
+  }
   if (capturing) entry.recording = std::make_unique<buffers::PrologueParams>(impl.ReplayPrologue(entry, graph));
   entry.recorded = true;
   return absl::OkStatus();
@@ -417,22 +496,23 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
 
 absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_RETURN_IF_ERROR(impl.Seal());
   PRISTINE_RETURN_IF_ERROR(impl.CheckCapacities(info.bucket, static_cast<int>(impl.chunks.size())));
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
   impl.current_graph = entry.graph;
+  PRISTINE_RETURN_IF_ERROR(impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff,
+                                           impl.options.check != ManagerOptions::Check::kOff));
   entry.order = ++impl.runs;
   entry.replay = 0;
-  return impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff,
-                         impl.options.check != ManagerOptions::Check::kOff);
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   entry.chunks = static_cast<int>(impl_->chunks.size());
@@ -459,19 +539,18 @@ void BufferManager::AfterCapture(const RunInfo& info, const absl::Status& outcom
   entry.params = std::move(entry.recording);
   entry.exec = info.exec;
   entry.node = -1;
-  entry.inlines = false;
-  entry.carries = false;
+  entry.inlines = entry.carries = false;
   if (entry.params == nullptr || impl_->options.parameter_bytes == 0) return;
   const std::vector<GraphNode>& nodes = info.captured->nodes();
   for (size_t i = 0; i < nodes.size() && entry.node < 0; ++i) {
     if (!nodes[i].foreign) entry.node = static_cast<int>(i);  // the first that was recorded through Stream
   }
-  if (entry.node >= 0) entry.inlines = impl_->TryInline(entry, *info.exec).ok();
+  if (entry.node >= 0) impl_->TryInline(entry, *info.exec).IgnoreError();
 }
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   impl_->TakeBackUnlaunchedStep();
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   if (impl_->graphs[static_cast<size_t>(graph)].exec != info.exec) {
@@ -493,7 +572,7 @@ void BufferManager::AfterReplay(Stream& stream, const RunInfo&, const absl::Stat
     impl_->TakeBackUnlaunchedStep();
     return;
   }
-  stream.Record(*impl_->replayed).IgnoreError();  // a stream that failed says so at the next call
+  impl_->MarkEnd(stream, impl_->next_sequence - 1).IgnoreError();  // a stream that failed says so at the next call
 }
 
 }  // namespace pristine

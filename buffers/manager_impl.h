@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "buffers/arena.h"
+#include "buffers/deltas.h"
 #include "buffers/flight_log.h"
 #include "buffers/kernels/prologue.h"
 #include "buffers/reports.h"
@@ -35,7 +37,8 @@ class RegionWatcher final : public Watcher {
  public:
   RegionWatcher(Device& device, std::string name, Reports& reports, const Control* control)
       : device_(device), name_(std::move(name)), reports_(reports), control_(control) {}
-  ~RegionWatcher() override { device_.Unwatch(id_); }
+  ~RegionWatcher() override { Stop(); }
+  void Stop() { device_.Unwatch(std::exchange(id_, 0)); }
   absl::Status Start(const void* address, size_t bytes, size_t element_bytes);
   void OnUndeclaredWrite(const UndeclaredWrite& write) override;
 
@@ -53,10 +56,16 @@ struct BufferState {
   size_t bytes = 0;
   std::vector<std::byte> original;
   std::unique_ptr<RegionWatcher> watcher;
+  Arena::Mark before;         // where its arena stood before it
+  Arena::Mark shadow_before;  // and that of the shadows
+  bool adopted = false;
+  size_t late_bytes = 0;  // of ManagerOptions::late_refill_bytes
 
   // kRefilled only.
-  std::vector<std::byte> values;   // of the last Refill, for Keep
-  int64_t count = -1;              // elements in `values`; -1: never refilled
+  std::vector<std::byte> values;   // of the last Refill, for Keep; of a buffer with deltas empty
+  std::unique_ptr<Deltas> deltas;  // null: takes no deltas
+  std::unique_ptr<RegionWatcher> shadow_watcher;
+  int64_t count = -1;              // elements of the last values; -1: never given any
   Extent extent;                   // they were given for
   int64_t generation = 0;          // refills and keeps
   int64_t refilled = 0;            // generation of the last Refill: a Keep does not make derived buffers stale
@@ -87,8 +96,8 @@ struct GraphEntry {
   std::unique_ptr<PrologueParams> recording;  // of the capture that has not ended; null: not at its head
   const GraphExec* exec = nullptr;
   std::unique_ptr<GraphExec> attached;  // null: not attached
-  int node = -1;                        // in `exec`; -1: unknown, its steps come through the ring
-  bool inlines = false;                 // the node takes steps in its parameters
+  int node = -1;                        // in `exec`; -1: not known
+  bool inlines = false;                 // the node takes steps in its parameters; false: they come through the ring
   int refilled = 0;                     // kRefilled buffers of its chunks, which come first in a step's table
   int size = 0;                         // place in kInlineBytes of the parameters
   int enough = 0;                       // the largest that the steps needed since it was chosen
@@ -126,15 +135,24 @@ inline bool UsedBy(const BufferSpec& spec, const Extent& bucket) {
 
 }  // namespace buffers
 
-class BufferManager::Impl {
+absl::Status SecondThread();
+
+class BufferManager::Impl final : public Witness {
  public:
   Impl(Device& its_device, const ManagerOptions& its_options)
       : device(its_device),
         options(its_options),
         constants(its_device, "constants"),
-        writable(its_device, "writable buffers") {}
+        writable(its_device, "writable buffers"),
+        shadows(its_device, "shadows") {
+    device.AddWitness(this);
+  }
+  ~Impl() override { device.RemoveWitness(this); }
 
-  // Held for the length of a public call: finds a second thread inside one.
+  // Of all that was ever reported, polled or not.
+  std::string LastViolation() override;
+
+  // Held for the length of a public call: finds a second thread inside one, and a device that is lost.
   class Call {
    public:
     explicit Call(Impl& impl) : impl_(impl), entered_(!impl.busy.exchange(true, std::memory_order_acquire)) {}
@@ -144,6 +162,7 @@ class BufferManager::Impl {
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
     bool entered() const { return entered_; }
+    absl::Status status() const { return entered_ ? impl_.device.status() : SecondThread(); }
 
    private:
     Impl& impl_;
@@ -152,6 +171,8 @@ class BufferManager::Impl {
 
   bool sealed() const { return ring != nullptr && sealed_buffers == static_cast<int>(buffers.size()); }
   absl::Status Seal();
+  absl::Status SealNewBuffers();
+  buffers::Arena& ArenaOf(Role role) { return role == Role::kConstant ? constants : writable; }
 
   // The entry of (graph, bucket), made if it is new. RESOURCE_EXHAUSTED: kMaxGraphs.
   absl::StatusOr<int> EntryOf(const char* graph, const Extent& bucket);
@@ -180,7 +201,15 @@ class BufferManager::Impl {
   template <int kPlace = 0>
   absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec);
   void TakeBackUnlaunchedStep();
+  // The buffer that takes values in the open step. `call`: what is asked for, in messages.
+  absl::StatusOr<buffers::BufferState*> Taker(int buffer, size_t element_bytes, const char* call);
   absl::Status Stage(buffers::BufferState& buffer, absl::Span<const std::byte> values, int64_t count);
+  // `buffer` has `count` new values for the open step.
+  void Given(buffers::BufferState& buffer, int64_t count);
+  // Calls `body` with each buffer with deltas that the graph of `entry` takes.
+  void ForEachWithDeltas(const buffers::GraphEntry& entry, absl::FunctionRef<void(buffers::BufferState& buffer)> body);
+  // Puts what the open step changes into its slot.
+  absl::Status StageDeltas(const buffers::GraphEntry& entry, const Extent& extent);
   size_t Poll(absl::Span<Violation> out);
   // Calls body(tail's place, buffer) for the buffers whose tails the flight recorder keeps in graphs of `bucket`.
   template <class Body>
@@ -192,6 +221,13 @@ class BufferManager::Impl {
       if (place == buffers::kFlightTails) return;
     }
   }
+  Violation ToViolation(const ReportRecord& record) const;
+  void SetGraph(Violation& violation, int32_t graph) const;
+  // Marks the end of the manager's last work.
+  absl::Status Mark(Stream& stream, Event& event);
+  absl::Status MarkEnd(Stream& stream, uint64_t sequence);
+  absl::StatusOr<bool> HasRoom();
+  absl::Status WaitForRoom();
   ReportRing Ring(int graph) const;
 
   // Copies constants, with `refilled_too` kRefilled buffers, and guard bands back. Blocks.
@@ -202,6 +238,7 @@ class BufferManager::Impl {
   Violation BandDamage(const buffers::GuardBand& band, int64_t index, std::byte was, std::byte is) const;
   void CheckBands(const buffers::ReadBack& read, std::vector<Violation>& found) const;
   absl::Status CheckOriginals(Stream& stream, std::vector<Violation>& found) const;
+  absl::Status CheckShadows(Stream& stream, std::vector<Violation>& found) const;
 
   const buffers::BufferState* Find(int id) const {
     return id >= 0 && id < static_cast<int>(buffers.size()) ? buffers[static_cast<size_t>(id)].get() : nullptr;
@@ -210,6 +247,8 @@ class BufferManager::Impl {
   Device& device;
   const ManagerOptions options;
   std::atomic<bool> busy{false};
+  // Held while `reports`, `buffers` or `graphs` change, which LastViolation reads on other threads. Never in a step.
+  std::mutex names_mutex;
 
   std::unique_ptr<buffers::Reports> reports;
   buffers::FlightLog flights;
@@ -220,12 +259,15 @@ class BufferManager::Impl {
 
   buffers::Arena constants;
   buffers::Arena writable;
+  buffers::Arena shadows;  // of buffers with deltas
   std::vector<buffers::Chunk> chunks;
   std::vector<std::unique_ptr<buffers::BufferState>> buffers;  // by id; those of one chunk follow each other
+  std::vector<int> with_deltas;                                // ids
   int sealed_buffers = 0;
   int refilled_buffers = 0;
   size_t late_bytes = 0;  // of kRefilled buffers registered after the first Seal
   std::vector<std::unique_ptr<buffers::RegionWatcher>> protected_regions;
+  std::vector<std::unique_ptr<buffers::RegionWatcher>> stopped_watchers;  // reports may still have their names
 
   std::unique_ptr<buffers::StagingRing> ring;  // from the first Seal on
   buffers::InlinePrologues inline_params;      // where they are put together
@@ -242,10 +284,15 @@ class BufferManager::Impl {
   int64_t runs = 0;
   int64_t replays = 0;
   const void* last_stream = nullptr;  // native, of the last replay or eager prologue
-  std::unique_ptr<Event> replayed;    // end of the last replay that a runner launched, or of a later eager prologue
+  Event* marked = nullptr;            // its end; null: the mark was refused
+  std::unique_ptr<Event> replayed;    // end of an eager prologue
+  struct End {
+    std::unique_ptr<Event> event;
+    uint64_t sequence = 0;  // the step whose replay it is the end of; 0: none
+  };
+  End& EndOf(uint64_t sequence) { return ends[sequence % ends.size()]; }
+  std::vector<End> ends;  // of the last staging_slots steps
 };
-
-absl::Status SecondThread();
 
 }  // namespace pristine
 

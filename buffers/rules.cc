@@ -71,6 +71,21 @@ absl::Status CheckAxis(const BufferSpec& spec, int64_t capacity) {
   return absl::OkStatus();
 }
 
+absl::Status CheckDeltas(const BufferSpec& spec, int64_t capacity, int64_t element_bytes) {
+  if (!spec.deltas) return absl::OkStatus();
+  if (spec.role != Role::kRefilled) {
+    return Invalid(spec, absl::StrCat("deltas are for refilled buffers; this one is ", ToString(spec.role)));
+  }
+  if (spec.kind == Kind::kIndptr || spec.axis.unit == Axis::Unit::kPages) {
+    return Invalid(spec, "deltas do not suit an indptr or an axis of pages, where one change moves all that follows");
+  }
+  if (capacity > std::numeric_limits<int32_t>::max() || element_bytes > kTileBytes) {
+    return Invalid(spec, absl::StrCat("has ", capacity, " elements of ", element_bytes, " bytes; with deltas at most ",
+                                      std::numeric_limits<int32_t>::max(), " of ", kTileBytes));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status ResolveRules(const BufferSpec& spec, int64_t capacity, size_t element_bytes, bool is_int32,
@@ -80,6 +95,8 @@ absl::Status ResolveRules(const BufferSpec& spec, int64_t capacity, size_t eleme
     return Invalid(spec, absl::StrCat("elements have ", element_bytes, " bytes; this kind needs int32_t"));
   }
   if (absl::Status axis = CheckAxis(spec, capacity); !axis.ok()) return axis;
+  absl::Status deltas = CheckDeltas(spec, capacity, static_cast<int64_t>(element_bytes));
+  if (!deltas.ok()) return deltas;
 
   record.capacity = capacity;
   record.element_bytes = static_cast<int64_t>(element_bytes);

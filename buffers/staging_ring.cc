@@ -10,7 +10,7 @@ namespace pristine::buffers {
 
 absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device, int slots, int entries,
                                                                  size_t value_bytes) {
-  auto ring = std::unique_ptr<StagingRing>(new StagingRing);
+  auto ring = std::unique_ptr<StagingRing>(new StagingRing(device));
   ring->head_ = kSlotTable + static_cast<size_t>(entries) * sizeof(SlotEntry);
   ring->stride_ = (ring->head_ + value_bytes + 255) / 256 * 256;
   ring->blank_.resize(static_cast<size_t>(entries));
@@ -20,7 +20,7 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
   PRISTINE_ASSIGN_OR_RETURN(ring->device_, device.Allocate(bytes, "staging slots on the device"));
   for (int i = 0; i < slots; ++i) {
     PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Event> event, device.CreateEvent());
-    ring->copied_.push_back({std::move(event), false});
+    ring->copied_.push_back({std::move(event)});
   }
   // A device slot that was never sent must not look armed.
   PRISTINE_ASSIGN_OR_RETURN(ring->copies_, device.CreateStream());
@@ -34,12 +34,12 @@ void StagingRing::Describe(const BufferRecord& record) {
   entry.buffer = record.id;
   entry.lower = record.lower;
   entry.upper = record.upper;
-  entry.integers = record.integers;
+  entry.integers = record.integers && record.shadow == nullptr;  // changes are no values
   entry.indptr = record.indptr;
 }
 
 absl::Status StagingRing::Open(uint64_t sequence) {
-  if (Copied& copied = CopiedOf(sequence); copied.pending) {
+  if (Copied& copied = CopiedOf(sequence); copied.pending && copied.marked) {
     PRISTINE_ASSIGN_OR_RETURN(const bool free, copied.event->IsReached());
     copied.pending = !free;
   }
@@ -57,7 +57,11 @@ absl::Status StagingRing::Open(uint64_t sequence) {
 }
 
 absl::Status StagingRing::Wait(uint64_t sequence) {
-  return CopiedOf(sequence).pending ? CopiedOf(sequence).event->Synchronize() : absl::OkStatus();
+  Copied& copied = CopiedOf(sequence);
+  if (!copied.pending) return absl::OkStatus();
+  PRISTINE_RETURN_IF_ERROR(copied.marked ? copied.event->Synchronize() : its_device_.Synchronize());
+  copied.pending = false;
+  return absl::OkStatus();
 }
 
 void StagingRing::WaitAll() {
@@ -65,10 +69,16 @@ void StagingRing::WaitAll() {
 }
 
 absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int64_t count) {
+  PRISTINE_ASSIGN_OR_RETURN(std::byte* const to, Room(entry, values.size(), count));
+  if (!values.empty()) std::memcpy(to, values.data(), values.size());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::byte*> StagingRing::Room(int entry, size_t bytes, int64_t count) {
   auto* const all = reinterpret_cast<SlotEntry*>(slot_ + kSlotTable);
   SlotEntry& placed = all[entry];
   size_t& room = room_[static_cast<size_t>(entry)];
-  const size_t need = Footprint(std::max<size_t>(values.size(), 1));  // no two entries start at one place
+  const size_t need = Footprint(std::max<size_t>(bytes, 1));  // no two entries start at one place
   if (need > room) {
     const size_t more = need - room;
     if (used_ + more > stride_) {
@@ -88,8 +98,7 @@ absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int
     room = need;
   }
   placed.count = count;
-  if (!values.empty()) std::memcpy(slot_ + head_ + placed.offset, values.data(), values.size());
-  return absl::OkStatus();
+  return slot_ + head_ + placed.offset;
 }
 
 void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {
@@ -120,9 +129,11 @@ absl::Status StagingRing::Copy(Stream& stream, SlotHeader header) {
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(device_.As<std::byte>().Sub(start, used_), {slot_, used_}));
+  // The copy is queued whatever becomes of its mark. A stream that failed says so at the launch.
   Copied& copied = CopiedOf(sequence_);
   copied.pending = true;
-  return stream.Record(*copied.event);
+  copied.marked = stream.Record(*copied.event).ok();
+  return absl::OkStatus();
 }
 
 }  // namespace pristine::buffers

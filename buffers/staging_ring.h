@@ -34,6 +34,8 @@ class StagingRing {
   // Puts `values` into the open slot as entry `entry`; again for the same entry replaces them and gives back what they
   // occupied. RESOURCE_EXHAUSTED: full.
   absl::Status Put(int entry, absl::Span<const std::byte> values, int64_t count);
+  // The same, for the caller to write `bytes` there.
+  absl::StatusOr<std::byte*> Room(int entry, size_t bytes, int64_t count);
   // Blocks until no slot is being copied.
   void WaitAll();
   // What Pack writes, with a table of `entries` places.
@@ -61,14 +63,16 @@ class StagingRing {
   static size_t Footprint(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
  private:
-  StagingRing() = default;
+  explicit StagingRing(Device& device) : its_device_(device) {}
   absl::Status Copy(Stream& stream, SlotHeader header);
   struct Copied {
     std::unique_ptr<Event> event;  // the last copy out of the slot
     bool pending = false;          // it may not have run yet
+    bool marked = true;  // by `event`; false: the mark was refused, so only the whole device can be waited for
   };
   Copied& CopiedOf(uint64_t sequence) { return copied_[sequence % copied_.size()]; }
 
+  Device& its_device_;
   PinnedBuffer pinned_;
   DeviceBuffer device_;
   std::unique_ptr<Stream> copies_;

@@ -28,6 +28,8 @@ const char* ToString(Violation::Kind kind) {
       return "clamped";
     case Violation::Kind::kInfiniteLse:
       return "log-sum-exp of +inf";
+    case Violation::Kind::kMissedUpdate:
+      return "update missed";
   }
   return "unknown violation";
 }
@@ -56,6 +58,10 @@ std::string Violation::ToString() const {
       break;
     case Kind::kPlanMismatch:
       absl::StrAppend(&text, buffer, "[", index, "]: planned ", expected, ", converted ", actual);
+      break;
+    case Kind::kMissedUpdate:
+      absl::StrAppend(&text, buffer, ": the step changes version ", expected, ", the device holds version ", actual,
+                      "; a Refill replaces it");
       break;
     case Kind::kGuardBand:
       absl::StrAppend(&text, buffer, ", byte ", index, " from its start, is ", actual, ", was ", expected);

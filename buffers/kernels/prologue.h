@@ -25,6 +25,7 @@ struct alignas(16) BufferRecord {
   int64_t capacity = 0;  // elements
   int64_t tile = 0;      // in a table of tiles: which of the buffer's
   int64_t element_bytes = 0;
+  std::byte* shadow = nullptr;  // of a buffer with deltas: what it holds on the device beside `live` (DeltaHeader)
   int32_t id = 0;
   int32_t refilled = -1;  // place in a slot's entry table; -1: not kRefilled
   int32_t role = 0;       // Role
@@ -79,6 +80,37 @@ struct alignas(16) SlotEntry {
 };
 static_assert(sizeof(SlotEntry) == 32);
 
+// A buffer with deltas is given as the changes to its shadow: this, then `count` values, or the changed elements
+// (int32) and, DeltaIndexBytes later, their values. No element is named twice, none is at or past the entry's count.
+struct alignas(16) DeltaHeader {
+  uint64_t base = 0;      // version of the shadow that the changes are made to; another one is a missed update
+  uint64_t version = 0;   // of the shadow afterwards
+  int64_t padded_to = 0;  // the shadow's elements from the entry's count up to here become padding
+  int32_t changes = -1;   // kAllElements: whatever the shadow holds is replaced
+  int32_t unused = 0;
+};
+inline constexpr int32_t kAllElements = -1;
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    constexpr int64_t
+    DeltaIndexBytes(int32_t changes) {
+  return (int64_t{changes} * static_cast<int64_t>(sizeof(int32_t)) + 15) / 16 * 16;
+}
+
+// A shadow is the buffer's elements, then the version of each of its tiles: blocks need not wait for each other.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    inline uint64_t*
+    ShadowVersions(const BufferRecord& record) {
+  return reinterpret_cast<uint64_t*>(record.shadow + (record.capacity * record.element_bytes + 15) / 16 * 16);
+}
+inline size_t ShadowBytes(int64_t bytes) {
+  const int64_t tiles = (bytes + kTileBytes - 1) / kTileBytes;
+  return static_cast<size_t>((bytes + 15) / 16 * 16 + tiles * static_cast<int64_t>(sizeof(uint64_t)));
+}
+
 // Device memory that only prologues write.
 struct Control {
   // The last step that a graph took, and below it how many blocks of the prologue that runs have begun: one atomic
@@ -124,6 +156,7 @@ struct PrologueParams {
   bool neutralise_restored = true;  // whether they are made harmless with the rest
   bool compare_constants = false;   // kRestoreAll only: report constants that differ before they are put back
   bool poison_scratch = false;
+  bool shadows = false;    // some buffer has deltas
   bool neutralise = true;  // what a broken rule leads to, besides a report
   bool trap = false;
   bool judged = false;         // no block can tell by itself whether a step is right

@@ -374,7 +374,8 @@ __device__ int DoTile(const PrologueParams& p, const Step& step, const Work& wor
     case Role::kRestored:
       return p.restore ? RestoreTile(p, step, work) : kNothing;
     case Role::kRefilled:
-      return step.entries != nullptr ? PlaceTile(p, step, record, work.begin, work.end) : kNothing;
+      if (step.entries == nullptr || (p.shadows && record.shadow != nullptr)) return kNothing;  // PlaceShadows
+      return PlaceTile(p, step, record, work.begin, work.end);
     case Role::kScratch:
       if (p.poison_scratch && p.mode == PrologueMode::kReplay) {
         FillBytes(record.live, work.begin, work.end, std::byte{0xFF});
@@ -382,6 +383,85 @@ __device__ int DoTile(const PrologueParams& p, const Step& step, const Work& wor
       return kNothing;
   }
   return kNothing;
+}
+
+// What `delta` changes in bytes [begin, end) of a shadow.
+__device__ void ChangeTile(const BufferRecord& record, const DeltaHeader& delta, const std::byte* given, int64_t begin,
+                           int64_t end) {
+  const int32_t* const elements = reinterpret_cast<const int32_t*>(given);
+  const std::byte* const values = given + DeltaIndexBytes(delta.changes);
+  const int64_t size = record.element_bytes;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < delta.changes; i += kThreads) {
+    const int64_t at = elements[i] * size;
+    if (size == 4) {  // aligned, as tiles are
+      if (at >= begin && at < end) {
+        *reinterpret_cast<int32_t*>(record.shadow + at) = reinterpret_cast<const int32_t*>(values)[i];
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (int64_t byte = max(at, begin); byte < min(at + size, end); ++byte) {
+      record.shadow[byte] = values[i * size + byte - at];
+    }
+  }
+}
+
+// Brings the tile of a shadow up to date, unless it missed an update, and places it. Only this block touches it.
+__device__ int PlaceShadowTile(const PrologueParams& p, const SlotEntry& entry, const std::byte* values,
+                               const BufferRecord& record) {
+  const int64_t begin = record.tile * kTileBytes;
+  const int64_t end = min(begin + kTileBytes, record.capacity * record.element_bytes);
+  if (entry.offset < 0) return kNothing;
+  const DeltaHeader delta = *reinterpret_cast<const DeltaHeader*>(values + entry.offset);
+  const std::byte* const given = values + entry.offset + sizeof(delta);
+  uint64_t* const version = &ShadowVersions(record)[record.tile];
+  const int64_t size = record.element_bytes;
+  const int64_t real = min(entry.count, record.capacity);
+  const int64_t placed_end = min(end, real * size);
+  if (delta.changes != kAllElements) {
+    if (*version != delta.base) return NoteBad(p, record, (begin + size - 1) / size);
+    ChangeTile(record, delta, given, begin, end);
+  } else if (begin < placed_end) {
+    CopyTile(record.shadow, given, begin, placed_end, false);
+  }
+  const int64_t pad_begin = max(begin, real * size);
+  const int64_t pad_end = min(end, delta.padded_to * size);
+  if (!record.integers) {
+    FillBytes(record.shadow, pad_begin, pad_end, std::byte{0});
+  } else {
+    int32_t* const shadow = reinterpret_cast<int32_t*>(record.shadow);
+#pragma unroll 1
+    for (int64_t i = pad_begin / 4 + threadIdx.x; i < pad_end / 4; i += kThreads) shadow[i] = record.pad;
+  }
+  __syncthreads();  // what follows reads what other threads of this block wrote; all have read the version
+  if (threadIdx.x == 0) *version = delta.version;
+  if (begin < placed_end) CopyTile(record.live, record.shadow, begin, placed_end, false);
+  PadTile(p, record, begin, end, real, record.shadow);
+  if (!record.integers) return kNothing;
+  const int32_t* const integers = reinterpret_cast<const int32_t*>(record.shadow);
+#pragma unroll 1
+  for (int64_t i = begin / 4 + threadIdx.x; i < placed_end / 4; i += kThreads) {
+    if (Bound(record, integers, i, real) != integers[i]) return NoteBad(p, record, i);
+  }
+  return kNothing;
+}
+
+// The tiles of buffers with deltas that this block has: apart from others, which must not wait for what these need.
+__device__ __noinline__ int PlaceShadows(const PrologueParams& p, const SlotEntry* entries, const std::byte* values) {
+  int found = kNothing;
+  int64_t tile = blockIdx.x;
+  int64_t first = 0;
+  for (int32_t c = 0; c < p.num_chunks; ++c) {
+    const ChunkTable& chunk = TableOf(p, c);
+    for (; tile < first + chunk.busy_tiles; tile += gridDim.x) {
+      const BufferRecord& record = chunk.by_tile[tile - first];
+      if (record.shadow == nullptr || !Covers(p, record)) continue;
+      found |= PlaceShadowTile(p, entries[record.refilled], values, record);
+    }
+    first += chunk.busy_tiles;
+  }
+  return found;
 }
 
 // The part of [begin, end) (bytes) that the bucket's graph reads, in a replay that must do nothing.
@@ -419,22 +499,33 @@ __device__ int64_t ElementValue(const std::byte* address, int64_t element_bytes)
   return static_cast<int64_t>(value);
 }
 
-// Reports what tiles noted about one buffer. Returns whether it is an invariant that was broken. Thread 0 only.
-__device__ bool ReportBad(const PrologueParams& p, const Step& step, const ReportRing& ring, const BufferRecord& record,
-                          int64_t index) {
+// Reports what tiles noted about one buffer, and returns its kind. Thread 0 only.
+__device__ Violation::Kind ReportBad(const PrologueParams& p, const Step& step, const ReportRing& ring,
+                                     const BufferRecord& record, int64_t index) {
   const int64_t byte = index * record.element_bytes;
   if (static_cast<Role>(record.role) == Role::kConstant) {
     Report(ring, KindOf(Violation::Kind::kPolluted), record.id, index,
            ElementValue(record.original + byte, record.element_bytes),
            ElementValue(record.live + byte, record.element_bytes));
     ++p.control->healed;
-    return false;
+    return Violation::Kind::kPolluted;
   }
   const SlotEntry entry = step.entries[record.refilled];
-  const int32_t* const values = reinterpret_cast<const int32_t*>(step.values + entry.offset);
+  const std::byte* given = step.values + entry.offset;
+  if (record.shadow != nullptr) {
+    const DeltaHeader& delta = *reinterpret_cast<const DeltaHeader*>(given);
+    const uint64_t version = ShadowVersions(record)[byte / kTileBytes];
+    if (version != delta.version) {
+      Report(ring, KindOf(Violation::Kind::kMissedUpdate), record.id, index, static_cast<int64_t>(delta.base),
+             static_cast<int64_t>(version));
+      return Violation::Kind::kMissedUpdate;
+    }
+    given = record.shadow;
+  }
+  const int32_t* const values = reinterpret_cast<const int32_t*>(given);
   Report(ring, KindOf(Violation::Kind::kInvariant), record.id, index,
          Bound(record, values, index, min(entry.count, record.capacity)), values[index]);
-  return true;
+  return Violation::Kind::kInvariant;
 }
 
 // What was wrong with a replay.
@@ -455,7 +546,8 @@ __device__ Outcome Resolve(const PrologueParams& p, const Step& step, const Repo
                                                 : Violation::Kind::kWrongBucket);
     }
     const int64_t next = static_cast<int64_t>(step.consumed + 1), newest = static_cast<int64_t>(step.newest);
-    if (step.not_armed) Report(ring, KindOf(Violation::Kind::kNotArmed), -1, 0, next, newest);
+    if (step.not_armed)
+      Report(ring, KindOf(Violation::Kind::kNotArmed), -1, 0, next, static_cast<int64_t>(step.replay));
     if (step.armed_twice) Report(ring, KindOf(Violation::Kind::kArmedTwice), -1, 0, next, newest);
     if (step.wrong_bucket) {
       const Extent other = step.header->bucket;
@@ -471,8 +563,8 @@ __device__ Outcome Resolve(const PrologueParams& p, const Step& step, const Repo
       index = static_cast<int64_t>(atomicExch(reinterpret_cast<unsigned long long*>(&p.first_bad[record.id]),
                                               static_cast<unsigned long long>(kNoIndex)));
       if (index != kNoIndex) {
-        const bool violates = ReportBad(p, step, ring, record, index);
-        const Violation::Kind kind = violates ? Violation::Kind::kInvariant : Violation::Kind::kPolluted;
+        const Violation::Kind kind = ReportBad(p, step, ring, record, index);
+        const bool violates = kind != Violation::Kind::kPolluted;
         if (outcome.first < 0 || (violates && !outcome.violated)) outcome.first = KindOf(kind);
         outcome.violated = outcome.violated || violates;
       }
@@ -612,7 +704,8 @@ __device__ void Finish(const PrologueParams& p, const Step& step, int found) {
   if (Answer(p, step, any_flawed, !wrong) && p.neutralise) Neutralise(p);
 }
 
-// A step that is large, comes from a slot, or is compared with the originals: the last block to finish judges it.
+// A step that is large, comes from a slot, changes shadows, or is compared with the originals: the last block to finish
+// judges it.
 __device__ void RunJudged(const PrologueParams& p, const std::byte* carried) {
   // All that does not depend on each other is in flight at once: the turn, the first tile.
   __shared__ uint64_t turn;
@@ -638,6 +731,7 @@ __device__ void RunJudged(const PrologueParams& p, const std::byte* carried) {
     }
     first += tiles;
   }
+  if (p.shadows && step.entries != nullptr) found |= PlaceShadows(p, step.entries, InMemory(step.values));
   Finish(p, step, found);
 }
 

@@ -53,7 +53,7 @@ class Prologue {
     }
     Publish();
     if (params_.mode == PrologueMode::kReplay && params_.flights.entries != nullptr) RecordFlight();
-    return violated_ && params_.trap ? 1 : 0;
+    return violated_ && params_.trap ? kKernelTrap : 0;
   }
 
  private:
@@ -81,7 +81,7 @@ class Prologue {
     replay_ = std::max(newest->sequence, consumed_);
     extent_ = params_.bucket;
     if (newest->sequence < next) {
-      Flag(Violation::Kind::kNotArmed, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(newest->sequence));
+      Flag(Violation::Kind::kNotArmed, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(replay_));
       return;
     }
     consumed_ = newest->sequence;
@@ -118,7 +118,8 @@ class Prologue {
         if (params_.restore) RestoreForStep(record);
         break;
       case Role::kRefilled:
-        if (entries_ != nullptr) Place(record);
+        if (entries_ == nullptr) break;
+        record.shadow != nullptr ? PlaceShadow(record) : Place(record);
         break;
       case Role::kScratch:
         if (params_.poison_scratch && params_.mode == PrologueMode::kReplay) {
@@ -161,6 +162,38 @@ class Prologue {
     if (record.integers) Validate(record, reinterpret_cast<const int32_t*>(values), real);
   }
 
+  // Brings the shadow up to date, unless it missed an update, and places it.
+  void PlaceShadow(const BufferRecord& record) {
+    const SlotEntry& entry = entries_[record.refilled];
+    if (entry.offset < 0) return;
+    const std::byte* given = values_ + entry.offset;
+    const auto& delta = *reinterpret_cast<const DeltaHeader*>(given);
+    given += sizeof(delta);
+    const int64_t size = record.element_bytes;
+    const int64_t tiles = (record.capacity * size + kTileBytes - 1) / kTileBytes;
+    uint64_t* const versions = ShadowVersions(record);
+    for (int64_t tile = 0; delta.changes != kAllElements && tile < tiles; ++tile) {
+      if (versions[tile] == delta.base) continue;
+      return Flag(Violation::Kind::kMissedUpdate, record.id, (tile * kTileBytes + size - 1) / size,
+                  static_cast<int64_t>(delta.base), static_cast<int64_t>(versions[tile]));
+    }
+    const int64_t real = std::min(entry.count, record.capacity);
+    if (delta.changes == kAllElements) {
+      std::memcpy(record.shadow, given, static_cast<size_t>(real * size));
+    } else {
+      const auto* const elements = reinterpret_cast<const int32_t*>(given);
+      const std::byte* const values = given + DeltaIndexBytes(delta.changes);
+      for (int64_t i = 0; i < delta.changes; ++i) {
+        std::memcpy(record.shadow + elements[i] * size, values + i * size, static_cast<size_t>(size));
+      }
+    }
+    FillElements(record, record.shadow, real, std::max(real, delta.padded_to), record.pad);
+    std::fill(versions, versions + tiles, delta.version);
+    std::memcpy(record.live, record.shadow, static_cast<size_t>(real * size));
+    PadTail(record, real);
+    if (record.integers) Validate(record, reinterpret_cast<const int32_t*>(record.shadow), real);
+  }
+
   int64_t TailEnd(const BufferRecord& record) const {
     return record.tail_to_end ? record.capacity : Count(record, params_.bucket);
   }
@@ -171,16 +204,15 @@ class Prologue {
     if (real >= end) return;
     int32_t value = record.pad;
     if (record.indptr) value = real > 0 ? reinterpret_cast<const int32_t*>(record.live)[real - 1] : 0;
-    FillElements(record, real, end, value);
+    FillElements(record, record.live, real, end, value);
   }
 
-  static void FillElements(const BufferRecord& record, int64_t begin, int64_t end, int32_t value) {
+  static void FillElements(const BufferRecord& record, std::byte* to, int64_t begin, int64_t end, int32_t value) {
     if (record.integers) {
-      auto* live = reinterpret_cast<int32_t*>(record.live);
-      std::fill(live + begin, live + end, value);
+      auto* const integers = reinterpret_cast<int32_t*>(to);
+      std::fill(integers + begin, integers + end, value);
     } else {
-      std::memset(record.live + begin * record.element_bytes, 0,
-                  static_cast<size_t>((end - begin) * record.element_bytes));
+      std::memset(to + begin * record.element_bytes, 0, static_cast<size_t>((end - begin) * record.element_bytes));
     }
   }
 
@@ -206,7 +238,7 @@ class Prologue {
   void Neutralise(const BufferRecord& record) const {
     const Role role = static_cast<Role>(record.role);
     if (role == Role::kRefilled || (role == Role::kRestored && params_.neutralise_restored)) {
-      FillElements(record, 0, TailEnd(record), record.harmless);
+      FillElements(record, record.live, 0, TailEnd(record), record.harmless);
     }
   }
 
@@ -287,6 +319,9 @@ void PrologueWrites(const PrologueParams& params, WriteList& writes) {
                      : role == Role::kScratch ? all || (replay && params.poison_scratch)
                                               : all || replay;
     if (may) writes.Add(record.live, static_cast<size_t>(record.capacity * record.element_bytes));
+    if (replay && record.shadow != nullptr) {
+      writes.Add(record.shadow, ShadowBytes(record.capacity * record.element_bytes));
+    }
   });
 }
 

@@ -71,9 +71,15 @@ class StagingTest : public BufferTest<BackendT> {
     BufferSpec plan_spec = Spec("plan", Role::kRefilled);
     plan_spec.derived_from = {lengths.id};
     const auto plan = this->Register(plan_spec, Ints(1000, 1));
+    BufferSpec table_spec = Spec("table", Role::kRefilled, Kind::kPageTable, Axis::Rows(100));
+    table_spec.deltas = true;
+    const auto table = this->Register(table_spec, Ints(400, 1));
     this->Register(Spec("constant", Role::kConstant), {1});
     this->Capture({{2, 2}, kBucket}, kEmptyBody);
     const Ints values(1000, 5);
+    // The table's new values: more of them at each step, until they are too many to go as changes.
+    Ints pages(200);
+    int32_t steps = 0;
     constexpr Extent kReal{2, 2};
     std::vector<Violation> violations(8);
     const auto step = [&](bool keep) -> absl::Status {
@@ -83,6 +89,14 @@ class StagingTest : public BufferTest<BackendT> {
                : this->manager().template Refill<int32_t>(lengths, absl::MakeConstSpan(values).first(2)));
       PRISTINE_RETURN_IF_ERROR(keep ? this->manager().Keep(plan)
                                     : this->manager().template Refill<int32_t>(plan, values));
+      std::fill(pages.begin(), pages.end(), ++steps);
+      const size_t changed = static_cast<size_t>(steps) * 25 % 200;
+      PRISTINE_RETURN_IF_ERROR(
+          keep ? this->manager().Keep(table)
+               : this->manager().template Update<int32_t>(table, 0, absl::MakeConstSpan(pages).first(changed)));
+      if (!keep) {
+        PRISTINE_RETURN_IF_ERROR(this->manager().MoveRow(table, 1, 0));
+      }
       PRISTINE_RETURN_IF_ERROR(this->runner_->Replay(*this->stream(), kBucket, kReal));
       this->manager().Poll(absl::MakeSpan(violations));
       return this->stream()->Synchronize();
@@ -90,7 +104,7 @@ class StagingTest : public BufferTest<BackendT> {
     for (int i = 0; i < 3; ++i) ASSERT_OK(step(false));  // queues have grown by now
     const size_t device_allocations = this->device().total_allocations();
     const int64_t before = allocations;
-    for (int i = 0; i < 6; ++i) {
+    for (int i = 0; i < 16; ++i) {
       if (!step(i % 2 == 1).ok()) FAIL();
     }
     EXPECT_EQ(allocations - before, 0);

@@ -77,16 +77,18 @@ struct World {
     Add("pages", Kind::kPageTable, Axis::Pages(), 16, 0);
     Add("slots", Kind::kSlot, Axis::Tokens(), kRequests, -1);
     Add("positions", Kind::kPosition, Axis::Tokens(2), 2 * kRequests, 0);
+    Add("table", Kind::kPageTable, Axis::Rows(3), 3 * kRequests, 0, true);
     CheckOk(manager->Seal());
   }
 
-  void Add(const char* name, Kind kind, Axis axis, size_t size, int32_t original) {
+  void Add(const char* name, Kind kind, Axis axis, size_t size, int32_t original, bool deltas = false) {
     BufferSpec spec;
     spec.name = name;
     spec.role = Role::kRefilled;
     spec.kind = kind;
     spec.axis = axis;
     spec.limit = kLimit;
+    spec.deltas = deltas;
     auto buffer = manager->Register<int32_t>(spec, std::vector<int32_t>(size, original));
     CheckOk(buffer.status());
     buffers.push_back(*buffer);
@@ -148,9 +150,22 @@ void FuzzRefill(const uint8_t* data, size_t size) {
         CheckStatus(manager.Refill<int32_t>(buffer, values));
         break;
       }
-      case 2:
-        CheckStatus(manager.Keep(world.buffers[op / 4 % world.buffers.size()]));
+      case 2: {
+        const Buffer<int32_t>& buffer = world.buffers[op / 4 % world.buffers.size()];
+        if ((op & 0xC0) == 0xC0) {
+          const int64_t from = program.Byte() % 8 - 1;
+          CheckStatus(manager.MoveRow(buffer, from, program.Byte() % 8 - 1));
+        } else if ((op & 0xC0) != 0) {
+          const std::vector<BufferManager::Range> ranges = {{program.Byte() % 20 - 1, program.Byte() % 8 - 1},
+                                                            {program.Byte() % 20 - 1, program.Byte() % 8 - 1}};
+          values.resize(static_cast<size_t>(std::max<int64_t>(ranges[0].count + ranges[1].count, 0)));
+          std::generate(values.begin(), values.end(), [&] { return program.Value(); });
+          CheckStatus(manager.Update<int32_t>(buffer, ranges, values));
+        } else {
+          CheckStatus(manager.Keep(buffer));
+        }
         break;
+      }
       case 3: {
         const int32_t requests = static_cast<int32_t>(program.Byte()) % 7 - 1;
         const absl::Status armed = manager.BeforeReplay(*world.stream, bucket, {requests, requests});

@@ -42,7 +42,7 @@ struct Buffer {
 enum class OnViolation {
   kNeutralise,  // record it, and make the replay harmless: lengths minimal, indptr flat, slots -1, pages the dummy page
   kRecord,      // record it and go on
-  kTrap,        // record it and stop the stream: CUDA traps (sticky for the context), Host fails the stream
+  kTrap,        // record it and trap: the device is lost, for good (IsDeviceLost in status.h)
 };
 
 struct ManagerOptions {
@@ -85,7 +85,7 @@ struct ManagerOptions {
 // manager sees the prologue only: its body's end is for the engine to order. The accessors (stats, generation, name,
 // LastWriter, report_ring, …) and FindPolluter's own looks are not checked: call them from the manager's thread.
 // Graphs that may run at the same time need two managers. BeginStep, Refill,
-// Keep, Replay's hooks and Poll do not allocate, lock, log or synchronize.
+// Update, MoveRow, Keep, Replay's hooks and Poll do not allocate, lock, log or synchronize.
 class BufferManager final : public GraphHook {
  public:
   // `device` must outlive the manager; the manager must outlive every graph that uses its buffers.
@@ -119,6 +119,11 @@ class BufferManager final : public GraphHook {
     static_assert(std::is_trivially_copyable_v<T>);
     return Typed<T>(AdoptBytes(spec, ElementOf<T>(), AsWritableBytes(live), live.size()));
   }
+  // Takes back the registration of buffer `first` and all after it: their names are free again, their addresses are not
+  // to be used. See RegistrationScope. FAILED_PRECONDITION: one of them is sealed. INVALID_ARGUMENT: not in
+  // [0, registered()].
+  absl::Status Unregister(int first);
+  int registered() const;  // buffers; the next one has this id
   // Watches memory that is not a buffer, such as a KV pool, for undeclared writes (Device::Watch). The memory must
   // outlive the manager. Does nothing on devices that do not enforce accesses.
   absl::Status Protect(const std::string& name, DeviceSpan<const std::byte> memory, size_t element_bytes);
@@ -142,6 +147,35 @@ class BufferManager final : public GraphHook {
   template <class T>
   absl::Status Keep(const Buffer<T>& buffer) {
     return KeepBytes(buffer.id);
+  }
+  // For buffers with BufferSpec::deltas: a step sends what changed, and the prologue applies it to a copy of the whole
+  // buffer on the device, from which it places the step's part. Calls take effect on the host's copy in the order made,
+  // and stay even if the step is dropped: what the device lacks goes with the next step that takes the buffer, which
+  // sends all where that is less. Elements past the extent of a step that was armed hold the padding from then on, and
+  // so do those that a later extent adds, until they are written.
+  //
+  // Writes `values` to the ranges, one after the other; no range, no change. Bumps the generation as a Refill does.
+  // FAILED_PRECONDITION: no open step. INVALID_ARGUMENT: no deltas; a negative count; counts that do not add up to
+  // values.size(). OUT_OF_RANGE: an element past the step's extent. Nothing is written then.
+  struct Range {
+    int64_t first = 0;
+    int64_t count = 0;
+  };
+  template <class T>
+  absl::Status Update(const Buffer<T>& buffer, absl::Span<const Range> ranges, absl::Span<const T> values) {
+    return UpdateBytes(buffer.id, ElementOf<T>().bytes, ranges, Bytes(values), values.size());
+  }
+  template <class T>
+  absl::Status Update(const Buffer<T>& buffer, int64_t first, absl::Span<const T> values) {
+    const Range range = {first, static_cast<int64_t>(values.size())};
+    return UpdateBytes(buffer.id, ElementOf<T>().bytes, {&range, 1}, Bytes(values), values.size());
+  }
+  // Moves a row (Axis::per elements) of requests or tokens, as engines do to close the gap of a request that is done:
+  // `to` holds what `from` held, `from` the padding. `from` may lie past the step's extent. Errors as Update;
+  // INVALID_ARGUMENT too: another axis.
+  template <class T>
+  absl::Status MoveRow(const Buffer<T>& buffer, int64_t from, int64_t to) {
+    return MoveRowBytes(buffer.id, ElementOf<T>().bytes, from, to);
   }
   // Blocks until BeginStep would find a slot, not longer. The only call of a step that blocks. An open step stays open.
   // The error of a stream that has failed.
@@ -196,8 +230,9 @@ class BufferManager final : public GraphHook {
   // in flight is writing is left out. Never blocks, allocates or calls the driver; works after the device context has
   // died.
   size_t FlightRecords(absl::Span<FlightRecord> out) const;
-  // Waits for `stream`, then compares constants with their originals, guard bands, and originals with what was sealed.
-  // Does not heal. Includes reports not yet polled. Empty: clean.
+  // Waits for `stream`, then compares constants with their originals, guard bands, originals with what was sealed, and
+  // shadows with what they should hold after the last step that ran (not while a Refill is on its way). Does not heal.
+  // Includes reports not yet polled. Empty: clean.
   absl::StatusOr<std::vector<Violation>> Verify(Stream& stream);
 
   // Who last ran a graph that covers `index` of a kRestored buffer: warm-ups and captures count, with replay 0.
@@ -226,6 +261,9 @@ class BufferManager final : public GraphHook {
   const char* name(int buffer) const;
   // The sealed original of a buffer: read-only memory that stays. Empty before it is sealed.
   DeviceSpan<const std::byte> original(int buffer) const;
+  // What the device holds of a buffer with BufferSpec::deltas beside the live buffer; only prologues write it. Empty
+  // for others.
+  DeviceSpan<const std::byte> shadow(int buffer) const;
   // The manager's part of GraphRunner::SignatureHash, for the graph of `bucket` that the engine captures by itself:
   // ranks compare it beside what they know of their nodes. Over the bucket, ManagerOptions, and the buffers that its
   // prologue covers: names, roles, kinds, axes, sizes and contracts, in order. Limits, dummies and originals are left
@@ -272,6 +310,9 @@ class BufferManager final : public GraphHook {
                                         size_t size);
   absl::Status RefillBytes(int buffer, size_t element_bytes, absl::Span<const std::byte> values, size_t size);
   absl::Status KeepBytes(int buffer);
+  absl::Status UpdateBytes(int buffer, size_t element_bytes, absl::Span<const Range> ranges,
+                           absl::Span<const std::byte> values, size_t size);
+  absl::Status MoveRowBytes(int buffer, size_t element_bytes, int64_t from, int64_t to);
 
   friend absl::StatusOr<std::vector<Violation>> FindPolluter(BufferManager& manager, Stream& stream,
                                                              const Extent& bucket,
@@ -279,6 +320,23 @@ class BufferManager final : public GraphHook {
   class Impl;
   explicit BufferManager(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
+};
+
+// What a wrapper that registers several buffers holds while it does: either all of them are registered or none.
+class RegistrationScope {
+ public:
+  explicit RegistrationScope(BufferManager& manager) : manager_(manager), first_(manager.registered()) {}
+  ~RegistrationScope() {
+    if (!kept_) manager_.Unregister(first_).IgnoreError();
+  }
+  RegistrationScope(const RegistrationScope&) = delete;
+  RegistrationScope& operator=(const RegistrationScope&) = delete;
+  void Keep() { kept_ = true; }
+
+ private:
+  BufferManager& manager_;
+  const int first_;
+  bool kept_ = false;
 };
 
 }  // namespace pristine

@@ -94,6 +94,9 @@ struct BufferSpec {
   WrapperContract contract = {};
   // Only graphs of this bucket use the buffer (a plan's workspace); others neither ask for its refill nor touch it.
   std::optional<Extent> only_bucket = std::nullopt;
+  // kRefilled only: takes BufferManager::Update and MoveRow too, so that a step sends what changed. Costs a second copy
+  // on the device, the shadow, and one on the host. For all kinds but kIndptr, and all axes but Pages.
+  bool deltas = false;
   // Ids of the buffers that this one's values are computed from. A replay is refused if one of them was refilled later.
   std::vector<int> derived_from = {};
 };

@@ -21,11 +21,13 @@ struct Violation {
     kWrongBucket,   // the step was refilled for another bucket: expected and actual are requests (index 0) or, where
                     // those are equal, tokens (index 1)
     kGuardBand,     // bytes outside a buffer were written: index is the byte offset from its start
-    kOriginalChanged,  // a sealed original was changed (only where ProtectionLevel is kDigest)
+    kOriginalChanged,  // a sealed original was changed (only where ProtectionLevel is kDigest), or the shadow of a
+                       // buffer with deltas
     kUndeclaredWrite,  // Host enforcement: `node` wrote without declaring it
     kClamped,          // a kernel clamped a value to its bound
-    kInfiniteLse,  // a merge met a log-sum-exp of +inf and took the state as empty: row (index) and head (actual) of
-                   // its first or second input (expected: 0 or 1)
+    kInfiniteLse,   // a merge met a log-sum-exp of +inf and took the state as empty: row (index) and head (actual) of
+                    // its first or second input (expected: 0 or 1)
+    kMissedUpdate,  // the step changes version `expected` of a buffer with deltas; the device holds version `actual`
   };
   Kind kind = Kind::kPolluted;
   const char* buffer = "";  // name of the buffer
