@@ -348,6 +348,7 @@ buffers::PrologueParams BufferManager::Impl::Prologue(buffers::PrologueMode mode
   params.num_chunks = covered_chunks;
   params.mode = mode;
   params.poison_scratch = options.poison_scratch;
+  params.judged = options.poison_scratch || params.busy_tiles == 0 || params.shadows;
   params.neutralise = options.on_violation == OnViolation::kNeutralise;
   params.trap = options.on_violation == OnViolation::kTrap;
   params.bucket = bucket;

@@ -208,16 +208,15 @@ absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Exten
 }
 
 template <int kPlace>
-absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::SlotHeader& header, size_t need,
-                                            GraphExec& exec) {
+absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec) {
   constexpr int kBytes = buffers::kInlineBytes[kPlace];
   if constexpr (kPlace + 1 < buffers::kInlineSizes) {
-    if (need > kBytes) return SetInline<kPlace + 1>(entry, header, need, exec);
+    if (entry.size > kPlace) return SetInline<kPlace + 1>(entry, header, exec);
   }
   auto& params = std::get<kPlace>(inline_params.all);
   params.base = *entry.params;
   if (header.slot < 0) {
-    ring->Pack(header, refilled_buffers, params.step);
+    ring->Pack(header, entry.refilled, params.step);
   } else {
     std::memcpy(params.step, &header, sizeof(header));
   }
@@ -225,16 +224,35 @@ absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::Sl
   return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
 }
 
+// A launch after another size, which is another kernel, takes longer than larger parameters do: a graph keeps its size
+// until many steps in a row would do with a smaller one.
+void BufferManager::Impl::ChooseSize(GraphEntry& entry, size_t need) {
+  constexpr int kPatience = 64;
+  int size = 0;
+  while (need > static_cast<size_t>(buffers::kInlineBytes[size])) ++size;
+  entry.enough = std::max(entry.enough, size);
+  if (size >= entry.size) {
+    entry.size = size;
+  } else if (++entry.smaller < kPatience) {
+    return;
+  } else {
+    entry.size = entry.enough;
+  }
+  entry.smaller = 0;
+  entry.enough = 0;
+}
+
 // Sets all the parameters at each step: whatever an update of the exec has made of them since does not matter.
 absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, buffers::SlotHeader header,
                                           GraphExec* exec) {
   if (exec == nullptr || entry.node < 0) return ring->Send(stream, header);
-  const size_t need = ring->PackedBytes(refilled_buffers);
-  if (ring->value_bytes() <= options.parameter_bytes && need <= buffers::kInlineBytes[buffers::kInlineSizes - 1]) {
-    return SetInline(entry, header, need, *exec);
+  size_t need = ring->PackedBytes(entry.refilled);
+  if (ring->value_bytes() > options.parameter_bytes || need > buffers::kInlineBytes[buffers::kInlineSizes - 1]) {
+    PRISTINE_RETURN_IF_ERROR(ring->SendAhead(stream, reports->ReadBoard().consumed, header));
+    need = sizeof(header);
   }
-  PRISTINE_RETURN_IF_ERROR(ring->SendAhead(stream, reports->ReadBoard().consumed, header));
-  return SetInline(entry, header, sizeof(header), *exec);
+  ChooseSize(entry, need);
+  return SetInline(entry, header, *exec);
 }
 
 absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec) {
@@ -343,11 +361,15 @@ absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::ProloguePar
 }
 
 // Gives the node each size of parameters once: the first use of a kernel loads it, which must not happen in a replay.
-absl::Status BufferManager::Impl::TryInline(const GraphEntry& entry, GraphExec& exec) {
+absl::Status BufferManager::Impl::TryInline(GraphEntry& entry, GraphExec& exec) {
   const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
     params.base = *entry.params;
     return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
   };
+  entry.refilled = 0;
+  for (int c = 0; c < entry.params->num_chunks; ++c) {
+    entry.refilled += static_cast<int>(chunks[static_cast<size_t>(c)].refilled.size());
+  }
   absl::Status status;
   std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params.all);
   status.Update(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));

@@ -88,6 +88,10 @@ struct GraphEntry {
   const GraphExec* exec = nullptr;
   std::unique_ptr<GraphExec> attached;  // null: not attached
   int node = -1;                        // in `exec`; -1: its steps come through the ring
+  int refilled = 0;                     // kRefilled buffers of its chunks, which come first in a step's table
+  int size = 0;                         // place in kInlineBytes of the parameters
+  int enough = 0;                       // the largest that the steps needed since it was chosen
+  int smaller = 0;                      // steps in a row that needed less
   bool carries = false;                 // the node's parameters hold a step
 };
 
@@ -159,7 +163,7 @@ class BufferManager::Impl {
   buffers::PrologueParams Prologue(buffers::PrologueMode mode, const Extent& bucket, int chunks, int graph) const;
   absl::Status LaunchPrologue(Stream& stream, int graph);
   buffers::PrologueParams ReplayPrologue(const buffers::GraphEntry& entry, int graph) const;
-  absl::Status TryInline(const buffers::GraphEntry& entry, GraphExec& exec);
+  absl::Status TryInline(buffers::GraphEntry& entry, GraphExec& exec);
   // `compare`: constants that differ from their originals are reported before they are put back.
   absl::Status RestoreAll(Stream& stream, const Extent& bucket, bool restored_too, bool compare);
   // Launches or records a prologue. A launched one counts as the manager's last work, as a replay does.
@@ -170,9 +174,10 @@ class BufferManager::Impl {
   absl::Status Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec);
   // Hands the step to the prologue, in its parameters if it is small, through the ring otherwise.
   absl::Status Deliver(Stream& stream, buffers::GraphEntry& entry, buffers::SlotHeader header, GraphExec* exec);
-  // In the smallest size that holds `need` bytes; one does.
+  // Sets entry.size so that it holds `need` bytes; one does.
+  static void ChooseSize(buffers::GraphEntry& entry, size_t need);
   template <int kPlace = 0>
-  absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, size_t need, GraphExec& exec);
+  absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec);
   void TakeBackUnlaunchedStep();
   // The buffer that takes values in the open step. `call`: what is asked for, in messages.
   absl::StatusOr<buffers::BufferState*> Taker(int buffer, size_t element_bytes, const char* call);

@@ -42,12 +42,12 @@ struct alignas(16) BufferRecord {
 };
 
 struct ChunkTable {
-  const BufferRecord* records = nullptr;
   // A record for each tile, so that a block finds its work with one load. First those of buffers that every replay
   // writes.
   const BufferRecord* by_tile = nullptr;
-  int64_t tiles = 0;
   int64_t busy_tiles = 0;
+  int64_t tiles = 0;
+  const BufferRecord* records = nullptr;
   int32_t count = 0;
 };
 
@@ -143,10 +143,11 @@ enum class PrologueMode : int32_t {
 
 inline constexpr int64_t kNoIndex = INT64_MAX;
 
+// What most replays read comes first, together: parameters are fetched in lines of 64 bytes.
 struct PrologueParams {
-  ChunkTable first;                  // of the first chunk, which most managers stop at
-  const ChunkTable* more = nullptr;  // of the others, in device memory
-  int32_t num_chunks = 0;
+  ChunkTable first;  // of the first chunk, which most managers stop at
+  Control* control = nullptr;
+  Extent bucket;  // {-1, -1}: all buffers
   PrologueMode mode = PrologueMode::kReplay;
   bool restore = true;              // whether kRestored buffers are put back
   bool neutralise_restored = true;  // whether they are made harmless with the rest
@@ -155,17 +156,18 @@ struct PrologueParams {
   bool shadows = false;    // some buffer has deltas
   bool neutralise = true;  // what a broken rule leads to, besides a report
   bool trap = false;
-  Extent bucket;  // {-1, -1}: all buffers
+  bool judged = false;         // no block can tell by itself whether a step is right
+  int64_t busy_tiles = 0;      // of all chunks
+  int64_t restored_bytes = 0;  // in kRestored buffers of the bucket
+  Board* board = nullptr;
+  int32_t num_chunks = 0;
+  int32_t blocks = 1;                // of the CUDA launch
+  const ChunkTable* more = nullptr;  // of the other chunks, in device memory
+  int64_t tiles = 0;                 // of all chunks
   const std::byte* slots = nullptr;
   int64_t slot_stride = 0;
   uint32_t num_slots = 0;
-  int32_t blocks = 1;  // of the CUDA launch
-  int64_t tiles = 0;   // of all chunks
-  int64_t busy_tiles = 0;
-  int64_t restored_bytes = 0;  // in kRestored buffers of the bucket
-  Control* control = nullptr;
   int64_t* first_bad = nullptr;  // by buffer id: first index that is wrong, or kNoIndex
-  Board* board = nullptr;
   ReportRing ring;
 };
 

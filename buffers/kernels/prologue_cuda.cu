@@ -101,20 +101,10 @@ __device__ bool Covers(const PrologueParams& p, const BufferRecord& record) {
 }
 
 __device__ int64_t Count(const BufferRecord& record, int32_t requests, int32_t tokens) {
-  int64_t count = record.capacity;
-  switch (static_cast<Axis::Unit>(record.unit)) {
-    case Axis::Unit::kRequests:
-      count = int64_t{record.per} * requests;
-      break;
-    case Axis::Unit::kRequestsPlusOne:
-      count = int64_t{record.per} * requests + 1;
-      break;
-    case Axis::Unit::kTokens:
-      count = int64_t{record.per} * tokens;
-      break;
-    default:
-      break;
-  }
+  const Axis::Unit unit = static_cast<Axis::Unit>(record.unit);
+  if (unit == Axis::Unit::kFixed || unit == Axis::Unit::kPages) return record.capacity;
+  const int64_t count = int64_t{record.per} * (unit == Axis::Unit::kTokens ? tokens : requests) +
+                        (unit == Axis::Unit::kRequestsPlusOne ? 1 : 0);
   return count < 0 ? 0 : count > record.capacity ? record.capacity : count;
 }
 
@@ -174,7 +164,11 @@ __device__ bool StoreBatch(std::byte* to, const std::byte* from, int64_t begin, 
     if (compare) differs |= Differ(batch.words[k], wide[i]);
     wide[i] = batch.words[k];
   }
-  if (begin + words * 16 < end) differs |= CopyBytes(to, from, begin + words * 16, end, compare);
+  if (const int64_t i = begin + words * 16 + threadIdx.x; i < end) {  // less than 16 bytes
+    const std::byte value = from[i];
+    if (compare) differs |= to[i] != value;
+    to[i] = value;
+  }
   return differs;
 }
 
@@ -243,7 +237,7 @@ __device__ void PadTile(const PrologueParams& p, const BufferRecord& record, int
   }
   int32_t value = record.pad;
   if (record.indptr) value = real > 0 ? reinterpret_cast<const int32_t*>(values)[real - 1] : 0;
-  PadIntegers(record, tail_begin / size, tail_end / size, value);
+  PadIntegers(record, tail_begin / 4, tail_end / 4, value);
 }
 
 // What a value should have been; the value itself if it is legal.
@@ -262,43 +256,45 @@ __device__ const std::byte* InMemory(const std::byte* parameters) {
   return parameters;
 }
 
-// Whether 16 bytes of a carried step's values, of which `at` is the first, obey their entry's rule.
-__device__ int CheckCarried(const PrologueParams& p, const std::byte* step, const std::byte* values, uint32_t count,
-                            int at) {
-  const SlotEntry* const entries = reinterpret_cast<const SlotEntry*>(step + kSlotTable);
-  int mine = -1;
-#pragma unroll 4
-  for (uint32_t e = 0; e < count; ++e) {
-    const int offset = static_cast<int>(entries[e].offset);
-    const bool in = offset >= 0 && at >= offset && at - offset < 4 * static_cast<int>(entries[e].count);
-    if (entries[e].integers && in) mine = static_cast<int>(e);
-  }
-  const int4 four = *reinterpret_cast<const int4*>(InMemory(values) + at);
-  if (mine < 0) return kNothing;
-  const SlotEntry& entry = reinterpret_cast<const SlotEntry*>(InMemory(step) + kSlotTable)[mine];
-  const int first = (at - static_cast<int>(entry.offset)) / 4;
-  const int real = static_cast<int>(entry.count);
-  const int32_t is[4] = {four.x, four.y, four.z, four.w};
-  int32_t before = entry.indptr && first > 0 ? reinterpret_cast<const int32_t*>(InMemory(values) + at)[-1] : 0;
-  int bad = -1;
+// Whether the values of a carried step obey their rules: each warp looks at every eighth entry. `note`: what does not
+// is noted, for the report.
+template <bool kNote>
+__device__ int CheckCarried(const PrologueParams& p, const SlotEntry* entries, uint32_t count,
+                            const std::byte* values) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  int found = kNothing;
+#pragma unroll 1
+  for (uint32_t e = __shfl_sync(~0u, threadIdx.x / 32, 0); e < count; e += kThreads / 32) {
+    const SlotEntry& entry = entries[e];
+    if (entry.offset < 0 || !entry.integers) continue;
+    const int real = static_cast<int>(entry.count);
+    const int32_t* const integers = reinterpret_cast<const int32_t*>(values + entry.offset);
+    const bool indptr = entry.indptr;
+#pragma unroll 1
+    for (int first = lane * 4; first < real; first += 128) {
+      const int4 four = *reinterpret_cast<const int4*>(integers + first);
+      const int32_t is[4] = {four.x, four.y, four.z, four.w};
+      // Before the first of an indptr nothing may come but 0.
+      int32_t lower = indptr ? (first > 0 ? integers[first - 1] : 0) : entry.lower;
 #pragma unroll
-  for (int k = 3; k >= 0; --k) {
-    const int32_t value = is[k];
-    const bool low =
-        entry.indptr ? value < (k > 0 ? is[k - 1] : before) || (first + k == 0 && value != 0) : value < entry.lower;
-    const bool high = value > entry.upper && (!entry.indptr || first + k == real - 1);
-    if (first + k < real && (low || high)) bad = first + k;
+      for (int k = 0; k < 4; ++k) {
+        const int32_t upper = !indptr || first + k == real - 1 ? entry.upper : first + k == 0 ? 0 : INT32_MAX;
+        const bool starts = !indptr || first + k > 0 || is[k] == 0;
+        if (first + k < real && (is[k] < lower || is[k] > upper || !starts)) {
+          found = kFlawed;
+          if (kNote) {
+            atomicMin(reinterpret_cast<long long*>(&p.first_bad[entry.buffer]), static_cast<long long>(first + k));
+          }
+        }
+        if (indptr) lower = is[k];
+      }
+    }
   }
-  if (bad < 0) return kNothing;
-  if (blockIdx.x == 0) {  // which reports
-    atomicMin(reinterpret_cast<long long*>(&p.first_bad[entry.buffer]), static_cast<long long>(bad));
-  }
-  return kFlawed;
+  return found;
 }
 
-// `checked`: CheckCarried has seen the values.
 __device__ int PlaceTile(const PrologueParams& p, const Step& step, const BufferRecord& record, int64_t begin,
-                         int64_t end, bool checked) {
+                         int64_t end) {
   const SlotEntry& entry = step.entries[record.refilled];
   if (entry.offset < 0) return kNothing;
   const std::byte* const values = InMemory(step.values) + entry.offset;
@@ -306,7 +302,7 @@ __device__ int PlaceTile(const PrologueParams& p, const Step& step, const Buffer
   const int64_t placed_end = min(end, real * record.element_bytes);
   if (begin < placed_end) CopyTile(record.live, values, begin, placed_end, false);
   PadTile(p, record, begin, end, real, values);
-  if (!record.integers || checked) return kNothing;
+  if (!record.integers) return kNothing;
   const int32_t* const integers = reinterpret_cast<const int32_t*>(values);
   for (int64_t i = begin / 4 + threadIdx.x; i < placed_end / 4; i += kThreads) {
     if (Bound(record, integers, i, real) != integers[i]) return NoteBad(p, record, i);
@@ -364,7 +360,7 @@ __device__ int RestoreTile(const PrologueParams& p, const Step& step, const Work
   return found;
 }
 
-__device__ int DoTile(const PrologueParams& p, const Step& step, const Work& work, bool checked) {
+__device__ int DoTile(const PrologueParams& p, const Step& step, const Work& work) {
   const BufferRecord& record = *work.record;
   const Role role = work.role;
   if (p.mode == PrologueMode::kRestoreAll) {
@@ -379,7 +375,7 @@ __device__ int DoTile(const PrologueParams& p, const Step& step, const Work& wor
       return p.restore ? RestoreTile(p, step, work) : kNothing;
     case Role::kRefilled:
       if (step.entries == nullptr || (p.shadows && record.shadow != nullptr)) return kNothing;  // PlaceShadows
-      return PlaceTile(p, step, record, work.begin, work.end, checked);
+      return PlaceTile(p, step, record, work.begin, work.end);
     case Role::kScratch:
       if (p.poison_scratch && p.mode == PrologueMode::kReplay) {
         FillBytes(record.live, work.begin, work.end, std::byte{0xFF});
@@ -476,7 +472,7 @@ __device__ __noinline__ void MakeHarmless(const PrologueParams& p, const BufferR
   const int64_t size = record.element_bytes;
   end = min(end, TailEnd(p, record) * size);
   if (record.integers) {
-    PadIntegers(record, begin / size, end / size, record.harmless);
+    PadIntegers(record, begin / 4, end / 4, record.harmless);
   } else {
     FillBytes(record.live, begin, end, std::byte{0});
   }
@@ -637,16 +633,10 @@ __device__ void Finish(const PrologueParams& p, const Step& step, int found) {
   if (Answer(p, step, any_flawed) && p.neutralise) Neutralise(p);
 }
 
-// A step whose values every block has checked for itself needs no word between blocks: all come to the same conclusion,
-// each makes its own tiles harmless, and block 0 reports. Others, large, with changes to shadows or compared with
-// originals, are judged by the last block to finish.
-template <bool kCarried>
-__device__ void Run(const PrologueParams& p, const std::byte* carried) {
-  cudaTriggerProgrammaticLaunchCompletion();  // who waits for this grid may begin, and waits
-  const SlotHeader* const header = kCarried ? reinterpret_cast<const SlotHeader*>(carried) : nullptr;
-  const bool checked = kCarried && header->check == 0 && header->slot < 0 && !p.shadows;
-
-  // All that does not depend on each other is in flight at once: the turn, the values, the first tile.
+// A step that is large, comes from a slot, changes shadows, or is compared with the originals: the last block to finish
+// judges it.
+__device__ void RunJudged(const PrologueParams& p, const std::byte* carried) {
+  // All that does not depend on each other is in flight at once: the turn, the first tile.
   __shared__ uint64_t turn;
   int64_t restored_bytes = 0;
   if (threadIdx.x == 0) {
@@ -656,17 +646,11 @@ __device__ void Run(const PrologueParams& p, const std::byte* carried) {
   Work work;
   const bool early = p.mode == PrologueMode::kReplay && blockIdx.x < p.first.busy_tiles;
   if (early) LoadWork(p, &p.first.by_tile[blockIdx.x], work);
-  int found = kNothing;
-  if (checked) {
-    for (int at = static_cast<int>(threadIdx.x) * 16; at < static_cast<int>(header->bytes); at += kThreads * 16) {
-      found |= CheckCarried(p, carried, carried + header->values, header->entries, at);
-    }
-  }
-  const bool flawed = __syncthreads_or(found) != 0;
-  const Step step = FindStep(p, kCarried ? carried : nullptr, turn >> kTurnBits);
+  __syncthreads();
+  const Step step = FindStep(p, carried, turn >> kTurnBits);
   if (threadIdx.x == 0 && (turn & kTurnMask) + 1 == gridDim.x) Publish(p, step, restored_bytes);
 
-  const bool wrong = step.not_armed || step.armed_twice || step.wrong_bucket || flawed;
+  int found = kNothing;
   const bool all = step.check || p.poison_scratch || p.mode != PrologueMode::kReplay;
   int64_t tile = blockIdx.x;
   int64_t first = 0;  // number of the chunk's first tile
@@ -675,31 +659,138 @@ __device__ void Run(const PrologueParams& p, const std::byte* carried) {
     const int64_t tiles = all ? chunk.tiles : chunk.busy_tiles;
     for (; tile < first + tiles; tile += gridDim.x) {
       if (!early || tile != blockIdx.x) LoadWork(p, &chunk.by_tile[tile - first], work);
-      if (!work.covered) continue;
-      found |= DoTile(p, step, work, checked);
-      if (checked && wrong && p.neutralise) {
-        __syncthreads();
-        MakeHarmless(p, *work.record, work.begin, work.end);
-      }
+      if (work.covered) found |= DoTile(p, step, work);
     }
     first += tiles;
   }
   if (p.shadows && step.entries != nullptr) found |= PlaceShadows(p, step.entries, InMemory(step.values));
-  if (!checked) {
-    Finish(p, step, found);
-  } else if (wrong && blockIdx.x == 0) {
-    Answer(p, step, flawed);
+  Finish(p, step, found);
+}
+
+// Tile number `tile` of those that every replay writes, past the first chunk's.
+__device__ __noinline__ const BufferRecord* LaterTile(const PrologueParams& p, int64_t tile) {
+  tile -= p.first.busy_tiles;
+  int32_t c = 1;
+  while (tile >= TableOf(p, c).busy_tiles) tile -= TableOf(p, c++).busy_tiles;
+  return &TableOf(p, c).by_tile[tile];
+}
+
+// What went wrong with a carried step, by block 0.
+__device__ __noinline__ void AnswerCarried(const PrologueParams& p, const std::byte* carried, Step step) {
+  const bool taken = step.entries != nullptr;
+  if (taken) {
+    const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(carried);
+    CheckCarried<true>(p, step.entries, header.entries, step.values);
   }
+  __syncthreads();
+  Answer(p, step, taken);
+}
+
+// Bytes [begin, end), which are not whole words.
+__device__ __noinline__ void PadOddly(std::byte* live, int begin, int end) {
+  FillBytes(live, begin, end, std::byte{0});
+}
+
+// A small step in the parameters. Every block checks all its values for itself, so that no word between blocks is
+// needed: all come to the same conclusion, each makes its own tiles harmless, and block 0 reports. Short, and each part
+// at one place only: fetching code is most of what a small prologue costs.
+__device__ void RunChecked(const PrologueParams& p, const std::byte* carried) {
+  const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(carried);
+  const SlotEntry* const entries = reinterpret_cast<const SlotEntry*>(carried + kSlotTable);
+  const std::byte* const values = InMemory(carried) + header.values;
+  __shared__ uint64_t turn;
+  int64_t restored_bytes = 0;
+  if (threadIdx.x == 0) {
+    turn = atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->turn), 1ull);
+    restored_bytes = p.control->restored_bytes;
+  }
+  bool known = false, wrong = false, flawed = false;
+  Step step = {};
+#pragma unroll 1
+  for (int64_t tile = blockIdx.x; tile < p.busy_tiles || !known; tile += gridDim.x) {
+    // What does not depend on the step's turn is loaded before it is known.
+    const BufferRecord* const from = tile < p.first.busy_tiles ? &p.first.by_tile[tile]
+                                     : tile < p.busy_tiles     ? LaterTile(p, tile)
+                                                               : p.first.by_tile;
+    const BufferRecord record = LoadRecord(from);
+    const bool restored = static_cast<Role>(record.role) == Role::kRestored;
+    const int64_t begin = record.tile * kTileBytes;
+    const int length = static_cast<int>(min(kTileBytes, record.capacity * record.element_bytes - begin));
+    std::byte* const live = record.live + begin;
+    const std::byte* source = nullptr;  // of the buffer; null: it stays as it is
+    int64_t real = record.capacity;
+    if (restored) {
+      if (p.restore) source = record.original;
+    } else if (const SlotEntry& entry = entries[record.refilled]; entry.offset >= 0) {
+      source = values + entry.offset;
+      real = entry.count;
+    }
+    const bool covered = Covers(p, record) && tile < p.busy_tiles;
+    if (!covered) source = nullptr;
+    const auto within = [&](int64_t elements) {  // of the tile, in bytes
+      return static_cast<int>(max(int64_t{0}, min(int64_t{length}, elements * record.element_bytes - begin)));
+    };
+    const int copied = source == nullptr ? 0 : within(real);
+    const bool wide = Aligned16(live, source + begin);
+    Batch batch;
+    if (wide) LoadBatch(source + begin, 0, copied, batch);
+    if (!known) {
+      flawed = __syncthreads_or(CheckCarried<false>(p, entries, header.entries, values)) != 0;
+      step = TakeStep(p, carried, ReadHeader(header), turn >> kTurnBits);
+      if (threadIdx.x == 0 && (turn & kTurnMask) + 1 == gridDim.x) Publish(p, step, restored_bytes);
+      wrong = step.not_armed || step.armed_twice || step.wrong_bucket || flawed;
+      known = true;
+    }
+    if (source != nullptr && (restored || step.entries != nullptr)) {
+      if (wide) {
+        StoreBatch(live, source + begin, 0, copied, false, batch);
+      } else {
+        CopyBytes(live, source + begin, 0, copied, false);
+      }
+      if (restored) real = Count(record, step.requests, step.tokens);
+      const int pad_begin = within(real), pad_end = within(TailEnd(p, record));
+      if (pad_begin < pad_end) {
+        if (restored) __syncthreads();  // it overwrites what other threads of this block have just restored
+        if (((reinterpret_cast<uintptr_t>(live) | static_cast<uintptr_t>(record.element_bytes)) & 3) != 0) {
+          PadOddly(live, pad_begin, pad_end);
+        } else {
+          int32_t value = record.integers ? record.pad : 0;
+          if (record.indptr) value = real > 0 ? reinterpret_cast<const int32_t*>(source)[real - 1] : 0;
+#pragma unroll 1
+          for (int i = pad_begin / 4 + static_cast<int>(threadIdx.x); i < pad_end / 4; i += kThreads) {
+            reinterpret_cast<int32_t*>(live)[i] = value;
+          }
+        }
+      }
+    }
+    if (wrong && p.neutralise && covered) {
+      __syncthreads();
+      MakeHarmless(p, *from, begin, begin + length);
+    }
+  }
+  if (wrong && blockIdx.x == 0) AnswerCarried(p, carried, step);
+}
+
+// Out of line: most replays do not need it.
+__device__ __noinline__ void RunCarriedJudged(const PrologueParams& p, const std::byte* carried) {
+  RunJudged(p, carried);
 }
 
 __global__ void __launch_bounds__(kThreads) PrologueKernel(const __grid_constant__ PrologueParams p) {
-  Run<false>(p, nullptr);
+  cudaTriggerProgrammaticLaunchCompletion();  // who waits for this grid may begin, and waits
+  RunJudged(p, nullptr);
 }
 
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads)
     InlinePrologueKernel(const __grid_constant__ InlinePrologueParams<kBytes> p) {
-  Run<true>(p.base, p.step);
+  cudaTriggerProgrammaticLaunchCompletion();
+  const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(p.step);
+  if (header.check == 0 && header.slot < 0 && !p.base.judged) {
+    RunChecked(p.base, p.step);
+  } else {
+    RunCarriedJudged(p.base, p.step);
+  }
 }
 
 CudaLaunch LaunchOf(const void* function, const PrologueParams& params, int64_t tiles) {
