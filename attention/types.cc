@@ -8,6 +8,8 @@ const char* ToString(DType dtype) {
       return "float32";
     case DType::kBFloat16:
       return "bfloat16";
+    case DType::kFloat16:
+      return "float16";
   }
   return "unknown dtype";
 }

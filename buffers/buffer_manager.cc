@@ -39,6 +39,10 @@ absl::Status CheckOptions(const ManagerOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("ManagerOptions::late_refill_bytes is ", options.late_refill_bytes, "; at most ", kMaxLate));
   }
+  if (options.flight_records < 0 || options.flight_records > ManagerOptions::kMaxFlightRecords) {
+    return absl::InvalidArgumentError(absl::StrCat("ManagerOptions::flight_records is ", options.flight_records,
+                                                   "; it must be in [0, ", ManagerOptions::kMaxFlightRecords, "]"));
+  }
   return absl::OkStatus();
 }
 
@@ -63,6 +67,7 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
   auto impl = std::make_unique<Impl>(device, options);
   impl->graphs.reserve(buffers::kMaxGraphs);
   PRISTINE_ASSIGN_OR_RETURN(impl->reports, buffers::Reports::Create(device));
+  PRISTINE_ASSIGN_OR_RETURN(impl->flights, buffers::FlightLog::Create(device, options.flight_records));
   PRISTINE_ASSIGN_OR_RETURN(impl->replayed, device.CreateEvent());
 
   constexpr size_t kFirstBad = sizeof(buffers::Control) + buffers::kMaxChunks * sizeof(buffers::ChunkTable);
@@ -360,6 +365,7 @@ buffers::PrologueParams BufferManager::Impl::Prologue(buffers::PrologueMode mode
   params.first_bad = first_bad;
   params.board = reports->device_board();
   params.ring = Ring(graph);
+  params.flights = flights.ring();
   return params;
 }
 

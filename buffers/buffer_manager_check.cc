@@ -98,6 +98,33 @@ size_t BufferManager::Impl::Poll(absl::Span<Violation> out) {
   return count;
 }
 
+size_t BufferManager::FlightRecords(absl::Span<FlightRecord> out) const {
+  const uint64_t newest = impl_->flights.Newest();
+  const uint64_t kept = std::min({newest, uint64_t{impl_->flights.capacity()}, uint64_t{out.size()}});
+  size_t count = 0;
+  buffers::FlightEntry entry;
+  for (uint64_t sequence = newest - kept + 1; sequence <= newest; ++sequence) {
+    if (!impl_->flights.Read(sequence, entry)) continue;
+    FlightRecord& record = out[count++];
+    record = {};
+    record.sequence = static_cast<int64_t>(sequence);
+    if (entry.graph >= 0 && entry.graph < static_cast<int32_t>(impl_->graphs.size())) {
+      record.graph = impl_->graphs[static_cast<size_t>(entry.graph)].graph;
+    }
+    record.bucket = entry.bucket;
+    record.extent = entry.extent;
+    if (entry.extent.requests >= 0) {
+      impl_->ForEachTail(entry.bucket, [&](int place, const BufferState& buffer) {
+        record.indptr_tails[static_cast<size_t>(place)] = {buffer.spec.name.c_str(), entry.tails[place]};
+      });
+    }
+    record.replay = static_cast<int64_t>(entry.replay);
+    record.status = static_cast<FlightRecord::Status>(entry.status);
+    if (entry.violation >= 0) record.violation = static_cast<Violation::Kind>(entry.violation);
+  }
+  return count;
+}
+
 absl::Status BufferManager::Impl::ReadBack(Stream& stream, bool refilled_too, buffers::ReadBack& out) const {
   out.buffers.clear();
   size_t bytes = 0;

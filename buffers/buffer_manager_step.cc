@@ -267,6 +267,12 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
   header.check = options.check == ManagerOptions::Check::kAlways ||
                  (options.check == ManagerOptions::Check::kSampled &&
                   next_sequence % static_cast<uint64_t>(options.sample_every) == 0);
+  if (flights.capacity() > 0) {
+    ForEachTail(entry.bucket, [&header](int place, const BufferState& buffer) {
+      const auto* const values = reinterpret_cast<const int32_t*>(buffer.values.data());
+      header.indptr_tails[place] = buffer.count > 0 ? values[buffer.count - 1] : 0;
+    });
+  }
   PRISTINE_RETURN_IF_ERROR(Deliver(stream, entry, header, exec));
   ForEachWithDeltas(entry, [this](BufferState& buffer) { buffer.deltas->Sent(next_sequence); });
   entry.order = ++runs;
@@ -286,7 +292,15 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, c
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   // Nothing recorded: it arms an eager RecordPrologue, which covers all.
   if (entry.chunks == 0) entry.chunks = static_cast<int>(impl_->chunks.size());
-  return impl_->Arm(stream, graph, extent, entry.attached.get());
+  if (!entry.recorded && entry.armed_unrecorded) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("BeforeReplay of ", bucket.ToString(),
+                     ": none of its graphs has a prologue, so nothing took the step that the last one armed; "
+                     "RecordPrologue must come first in the capture"));
+  }
+  PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, extent, entry.attached.get()));
+  entry.armed_unrecorded = !entry.recorded;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* exec) {
@@ -405,6 +419,7 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
   if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
   PRISTINE_RETURN_IF_ERROR(impl.LaunchPrologue(stream, graph));
   if (capturing) entry.recording = std::make_unique<buffers::PrologueParams>(impl.ReplayPrologue(entry, graph));
+  entry.recorded = true;
   return absl::OkStatus();
 }
 

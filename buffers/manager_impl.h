@@ -16,6 +16,7 @@
 #include "absl/status/statusor.h"
 #include "buffers/arena.h"
 #include "buffers/deltas.h"
+#include "buffers/flight_log.h"
 #include "buffers/kernels/prologue.h"
 #include "buffers/reports.h"
 #include "buffers/staging_ring.h"
@@ -77,10 +78,12 @@ struct Chunk {
 struct GraphEntry {
   const char* graph = "";
   Extent bucket;
-  int chunks = 0;         // the first that its prologue covers; 0: not recorded
-  int chunks_before = 0;  // of the last capture that succeeded: a failed recapture leaves that graph in place
-  int64_t order = 0;      // of its last run among all runs; 0: none
-  int64_t replay = 0;     // the step of that run; 0: a capture or warm-up
+  int chunks = 0;                 // the first that its prologue covers; 0: not recorded
+  bool recorded = false;          // the engine recorded a prologue, or ran one eagerly
+  bool armed_unrecorded = false;  // and before that it armed one
+  int chunks_before = 0;          // of the last capture that succeeded: a failed recapture leaves that graph in place
+  int64_t order = 0;              // of its last run among all runs; 0: none
+  int64_t replay = 0;             // the step of that run; 0: a capture or warm-up
 
   // Of a graph whose prologue node may be given other parameters: a GraphRunner's, or an engine's that is attached.
   std::unique_ptr<PrologueParams> params;     // as captured
@@ -189,6 +192,16 @@ class BufferManager::Impl {
   // Puts what the open step changes into its slot.
   absl::Status StageDeltas(const buffers::GraphEntry& entry, const Extent& extent);
   size_t Poll(absl::Span<Violation> out);
+  // Calls body(tail's place, buffer) for the buffers whose tails the flight recorder keeps in graphs of `bucket`.
+  template <class Body>
+  void ForEachTail(const Extent& bucket, Body body) const {
+    int place = 0;
+    for (const auto& buffer : buffers) {
+      if (buffer->spec.role != Role::kRefilled || buffer->spec.kind != Kind::kIndptr) continue;
+      if (buffers::UsedBy(buffer->spec, bucket)) body(place++, *buffer);
+      if (place == buffers::kFlightTails) return;
+    }
+  }
   ReportRing Ring(int graph) const;
 
   // Copies constants, with `refilled_too` kRefilled buffers, and guard bands back. Blocks.
@@ -210,6 +223,7 @@ class BufferManager::Impl {
   std::atomic<bool> busy{false};
 
   std::unique_ptr<buffers::Reports> reports;
+  buffers::FlightLog flights;
   DeviceBuffer control_memory;  // Control, chunk_tables[kMaxChunks], first_bad[kMaxBuffers]
   buffers::Control* control = nullptr;
   buffers::ChunkTable* chunk_tables = nullptr;  // of all chunks but the first

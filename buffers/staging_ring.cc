@@ -99,7 +99,7 @@ absl::StatusOr<std::byte*> StagingRing::Room(int entry, size_t bytes, int64_t co
 
 void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {
   const size_t table = static_cast<size_t>(entries) * sizeof(SlotEntry);
-  header.entries = static_cast<uint32_t>(entries);
+  header.entries = static_cast<uint16_t>(entries);
   header.values = static_cast<uint32_t>(kSlotTable + table);
   header.bytes = static_cast<uint32_t>(value_bytes());
   std::memcpy(to, &header, sizeof(header));
@@ -113,14 +113,14 @@ absl::Status StagingRing::SendAhead(Stream& stream, uint64_t begun, SlotHeader& 
   const bool beside = begun + slots() > sequence_;
   SlotHeader none;  // a prologue that looks for the newest slot, of a step that is queued already, must not take it
   PRISTINE_RETURN_IF_ERROR(Copy(beside ? *copies_ : stream, none));
-  header.entries = static_cast<uint32_t>(blank_.size());
+  header.entries = static_cast<uint16_t>(blank_.size());
   header.values = static_cast<uint32_t>(head_);
   header.slot = static_cast<int32_t>(sequence_ % slots());
   return beside ? stream.Wait(*CopiedOf(sequence_).event) : absl::OkStatus();
 }
 
 absl::Status StagingRing::Copy(Stream& stream, SlotHeader header) {
-  header.entries = static_cast<uint32_t>(blank_.size());
+  header.entries = static_cast<uint16_t>(blank_.size());
   header.values = static_cast<uint32_t>(head_);
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());

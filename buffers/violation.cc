@@ -26,6 +26,8 @@ const char* ToString(Violation::Kind kind) {
       return "undeclared write";
     case Violation::Kind::kClamped:
       return "clamped";
+    case Violation::Kind::kInfiniteLse:
+      return "log-sum-exp of +inf";
     case Violation::Kind::kMissedUpdate:
       return "update missed";
   }
@@ -49,6 +51,10 @@ std::string Violation::ToString() const {
     case Kind::kInvariant:
     case Kind::kClamped:
       absl::StrAppend(&text, buffer, "[", index, "] is ", actual, ", bound ", expected);
+      break;
+    case Kind::kInfiniteLse:
+      absl::StrAppend(&text, "row ", index, ", head ", actual, " of the ", expected == 0 ? "first" : "second",
+                      " input of a merge");
       break;
     case Kind::kPlanMismatch:
       absl::StrAppend(&text, buffer, "[", index, "]: planned ", expected, ", converted ", actual);

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "buffers/kernels/flight.h"
 #include "pristine/buffers/report.h"
 #include "pristine/graph_runtime/extent.h"
 #include "pristine/graph_runtime/kernel.h"
@@ -57,12 +58,13 @@ struct SlotHeader {
   uint64_t sequence = 0;  // the step that armed it; 0: none yet
   Extent bucket;
   Extent extent;
-  uint32_t check = 0;    // compare constants and restored buffers with their originals
-  uint32_t entries = 0;  // in the table
+  uint16_t check = 0;    // compare constants and restored buffers with their originals
+  uint16_t entries = 0;  // in the table
   uint32_t values = 0;   // where the values begin, from the start of the header
   uint32_t bytes = 0;    // of values, of a step in parameters
   // Of a step in parameters: the slot that holds the table and the values; negative: they follow the header.
   int32_t slot = -1;
+  int32_t indptr_tails[kFlightTails] = {};  // for the flight recorder
 };
 static_assert(sizeof(SlotHeader) == 48);
 inline constexpr size_t kSlotTable = 48;  // where the entry table begins, from the start of the header
@@ -116,6 +118,7 @@ struct Control {
   uint64_t turn = 0;
   uint64_t current = 0;  // the step whose body runs; 0: a capture or warm-up
   uint64_t reports = 0;  // ReportRing::count
+  uint64_t flights = 0;  // entries in the flight recorder so far
   int32_t graph = -1;    // of the body that runs
   uint64_t ticket = 0;   // what the blocks that are done have found (prologue_cuda.cu); not every launch counts them
   int64_t restored_bytes = 0;
@@ -169,7 +172,15 @@ struct PrologueParams {
   uint32_t num_slots = 0;
   int64_t* first_bad = nullptr;  // by buffer id: first index that is wrong, or kNoIndex
   ReportRing ring;
+  FlightRing flights;
 };
+
+// `flawed`: something was reported. `violated`: a rule was broken, not only a constant healed.
+PRISTINE_FLIGHT_HD inline FlightStatus StatusOf(const PrologueParams& params, bool flawed, bool violated) {
+  if (!violated) return flawed ? FlightStatus::kHealed : FlightStatus::kClean;
+  if (params.trap) return FlightStatus::kTrapped;
+  return params.neutralise ? FlightStatus::kNeutralised : FlightStatus::kRecorded;
+}
 
 #ifdef __CUDACC__
 __host__ __device__

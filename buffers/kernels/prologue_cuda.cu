@@ -14,8 +14,8 @@ struct Step {
   uint64_t replay;           // as reports name it
   const SlotEntry* entries;  // null: nothing to place
   const std::byte* values;
+  const SlotHeader* header;  // null: nobody armed it
   int32_t requests, tokens;
-  int32_t other_requests, other_tokens;  // of the step's bucket, where it is not the graph's
   bool check;
   bool not_armed, armed_twice, wrong_bucket;
 };
@@ -47,7 +47,8 @@ __device__ Armed ReadHeader(const SlotHeader& header) {
           header.extent.tokens, header.check,           header.values};
 }
 
-__device__ Step TakeStep(const PrologueParams& p, const std::byte* image, const Armed& armed, uint64_t consumed) {
+__device__ Step TakeStep(const PrologueParams& p, const SlotHeader* header, const std::byte* image, const Armed& armed,
+                         uint64_t consumed) {
   Step step = {};
   step.requests = p.bucket.requests;
   step.tokens = p.bucket.tokens;
@@ -56,10 +57,9 @@ __device__ Step TakeStep(const PrologueParams& p, const std::byte* image, const 
   step.not_armed = step.newest <= consumed;
   step.replay = step.not_armed ? consumed : step.newest;
   if (step.not_armed) return step;
+  step.header = header;
   step.armed_twice = step.newest > consumed + 1;
   step.wrong_bucket = armed.bucket_requests != p.bucket.requests || armed.bucket_tokens != p.bucket.tokens;
-  step.other_requests = armed.bucket_requests;
-  step.other_tokens = armed.bucket_tokens;
   if (step.wrong_bucket) return step;
   step.requests = armed.requests;
   step.tokens = armed.tokens;
@@ -81,7 +81,7 @@ __device__ Step FindStep(const PrologueParams& p, const std::byte* carried, uint
   const auto image = [&](int64_t slot) { return p.slots + slot * p.slot_stride; };
   if (carried != nullptr) {
     const auto& header = *reinterpret_cast<const SlotHeader*>(carried);
-    return TakeStep(p, header.slot < 0 ? carried : image(header.slot), ReadHeader(header), consumed);
+    return TakeStep(p, &header, header.slot < 0 ? carried : image(header.slot), ReadHeader(header), consumed);
   }
   __shared__ Armed slots[kMaxSlots];  // each loaded by a thread of its own: one round trip to memory
   if (threadIdx.x < p.num_slots) {
@@ -92,7 +92,7 @@ __device__ Step FindStep(const PrologueParams& p, const std::byte* carried, uint
   for (uint32_t i = 1; i < p.num_slots; ++i) {
     if (slots[i].sequence > slots[newest].sequence) newest = i;
   }
-  return TakeStep(p, image(newest), slots[newest], consumed);
+  return TakeStep(p, reinterpret_cast<const SlotHeader*>(image(newest)), image(newest), slots[newest], consumed);
 }
 
 __device__ bool Covers(const PrologueParams& p, const BufferRecord& record) {
@@ -499,16 +499,16 @@ __device__ int64_t ElementValue(const std::byte* address, int64_t element_bytes)
   return static_cast<int64_t>(value);
 }
 
-// Reports what tiles noted about one buffer. Returns whether it is an invariant that was broken. Thread 0 only.
-__device__ bool ReportBad(const PrologueParams& p, const Step& step, const ReportRing& ring, const BufferRecord& record,
-                          int64_t index) {
+// Reports what tiles noted about one buffer, and returns its kind. Thread 0 only.
+__device__ Violation::Kind ReportBad(const PrologueParams& p, const Step& step, const ReportRing& ring,
+                                     const BufferRecord& record, int64_t index) {
   const int64_t byte = index * record.element_bytes;
   if (static_cast<Role>(record.role) == Role::kConstant) {
     Report(ring, KindOf(Violation::Kind::kPolluted), record.id, index,
            ElementValue(record.original + byte, record.element_bytes),
            ElementValue(record.live + byte, record.element_bytes));
     ++p.control->healed;
-    return false;
+    return Violation::Kind::kPolluted;
   }
   const SlotEntry entry = step.entries[record.refilled];
   const std::byte* given = step.values + entry.offset;
@@ -518,38 +518,56 @@ __device__ bool ReportBad(const PrologueParams& p, const Step& step, const Repor
     if (version != delta.version) {
       Report(ring, KindOf(Violation::Kind::kMissedUpdate), record.id, index, static_cast<int64_t>(delta.base),
              static_cast<int64_t>(version));
-      return true;
+      return Violation::Kind::kMissedUpdate;
     }
     given = record.shadow;
   }
   const int32_t* const values = reinterpret_cast<const int32_t*>(given);
   Report(ring, KindOf(Violation::Kind::kInvariant), record.id, index,
          Bound(record, values, index, min(entry.count, record.capacity)), values[index]);
-  return true;
+  return Violation::Kind::kInvariant;
 }
 
-// Reports and heals; returns whether the step broke a rule. By all threads of the block.
-__device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportRing& ring, bool flawed) {
-  __shared__ bool violated;
+// What was wrong with a replay.
+struct Outcome {
+  bool violated;  // a rule was broken
+  int32_t first;  // Violation::Kind of the first rule that was, or else of the first constant healed; -1: none
+};
+
+// Reports and heals. By all threads of the block.
+__device__ Outcome Resolve(const PrologueParams& p, const Step& step, const ReportRing& ring, bool flawed) {
+  __shared__ Outcome outcome;
   __shared__ int64_t index;
   if (threadIdx.x == 0) {
-    violated = step.not_armed || step.armed_twice || step.wrong_bucket;
+    outcome = {step.not_armed || step.armed_twice || step.wrong_bucket, -1};
+    if (outcome.violated) {
+      outcome.first = KindOf(step.not_armed     ? Violation::Kind::kNotArmed
+                             : step.armed_twice ? Violation::Kind::kArmedTwice
+                                                : Violation::Kind::kWrongBucket);
+    }
     const int64_t next = static_cast<int64_t>(step.consumed + 1), newest = static_cast<int64_t>(step.newest);
-    if (step.not_armed) Report(ring, KindOf(Violation::Kind::kNotArmed), -1, 0, next, newest);
+    if (step.not_armed)
+      Report(ring, KindOf(Violation::Kind::kNotArmed), -1, 0, next, static_cast<int64_t>(step.replay));
     if (step.armed_twice) Report(ring, KindOf(Violation::Kind::kArmedTwice), -1, 0, next, newest);
     if (step.wrong_bucket) {
-      const bool tokens = step.other_requests == p.bucket.requests;
+      const Extent other = step.header->bucket;
+      const bool tokens = other.requests == p.bucket.requests;
       Report(ring, KindOf(Violation::Kind::kWrongBucket), -1, tokens ? 1 : 0,
-             tokens ? p.bucket.tokens : p.bucket.requests, tokens ? step.other_tokens : step.other_requests);
+             tokens ? p.bucket.tokens : p.bucket.requests, tokens ? other.tokens : other.requests);
     }
   }
   __syncthreads();
-  if (!flawed) return violated;
+  if (!flawed) return outcome;
   ForEachBuffer(p, [&](const BufferRecord& record) {
     if (threadIdx.x == 0) {
       index = static_cast<int64_t>(atomicExch(reinterpret_cast<unsigned long long*>(&p.first_bad[record.id]),
                                               static_cast<unsigned long long>(kNoIndex)));
-      if (index != kNoIndex && ReportBad(p, step, ring, record, index)) violated = true;
+      if (index != kNoIndex) {
+        const Violation::Kind kind = ReportBad(p, step, ring, record, index);
+        const bool violates = kind != Violation::Kind::kPolluted;
+        if (outcome.first < 0 || (violates && !outcome.violated)) outcome.first = KindOf(kind);
+        outcome.violated = outcome.violated || violates;
+      }
     }
     __syncthreads();
     if (index != kNoIndex && static_cast<Role>(record.role) == Role::kConstant) {
@@ -560,7 +578,7 @@ __device__ bool Resolve(const PrologueParams& p, const Step& step, const ReportR
     }
     __syncthreads();
   });
-  return violated;
+  return outcome;
 }
 
 __device__ __noinline__ void Neutralise(const PrologueParams& p) {
@@ -587,23 +605,75 @@ __device__ void Publish(const PrologueParams& p, const Step& step, int64_t resto
   board.consumed = consumed;
 }
 
-// Something was wrong: reports it and heals. Returns whether a rule was broken. By all threads of one block, which sees
-// what the others noted.
-__device__ __noinline__ bool Answer(const PrologueParams& p, Step step, bool flawed) {
+// The warp that writes the flight recorder's entry, beside thread 0, which publishes.
+__device__ bool RecordsFlight(const PrologueParams& p) {
+  return threadIdx.x / 32 == 1 && p.mode == PrologueMode::kReplay && p.flights.entries != nullptr;
+}
+
+// By that warp of one block, `before` being the entries that there are: a lane for each word, so that the entry leaves
+// in one transaction. No fence, see FlightWords.
+__device__ __noinline__ void RecordFlight(const PrologueParams& p, const SlotHeader* header, uint64_t replay,
+                                          uint64_t before, Outcome outcome) {
+  FlightEntry entry;
+  entry.sequence = before + 1;
+  entry.replay = replay;
+  entry.bucket = p.bucket;
+  entry.extent = {-1, -1};
+  if (header != nullptr) {
+    entry.extent = header->extent;
+    for (int i = 0; i < kFlightTails; ++i) entry.tails[i] = header->indptr_tails[i];
+  }
+  entry.graph = p.ring.graph;
+  entry.status = StatusOf(p, outcome.first >= 0, outcome.violated);
+  entry.violation = static_cast<int16_t>(outcome.first);
+  const FlightWords words = Seal(entry);
+  const int lane = threadIdx.x % 32;
+  uint64_t word = 0;
+#pragma unroll
+  for (int i = 0; i < kFlightWords; ++i) {
+    if (lane == i) word = words.word[i];
+  }
+  volatile uint64_t* const to = reinterpret_cast<volatile uint64_t*>(&p.flights.At(before));
+  if (lane < kFlightWords) to[lane] = word;
+  if (lane == 0) p.control->flights = before + 1;
+}
+
+// What Tell goes on from: thread 0 knows the bytes restored so far, the warp that records the entries so far.
+__device__ int64_t ToldBefore(const PrologueParams& p) {
+  if (threadIdx.x == 0) return p.control->restored_bytes;
+  return RecordsFlight(p) ? static_cast<int64_t>(p.control->flights) : 0;
+}
+
+// By all threads of the block that began last. A step that is `wrong` already is recorded by who answers it.
+__device__ void Tell(const PrologueParams& p, const Step& step, int64_t before, bool wrong) {
+  if (threadIdx.x == 0) Publish(p, step, before);
+  if (!wrong && RecordsFlight(p)) {
+    RecordFlight(p, step.header, step.replay, static_cast<uint64_t>(before), {false, -1});
+  }
+}
+
+// Something was wrong: reports it, heals, and records it. `recorded`: in place of the clean entry of the block that
+// began last. Returns whether a rule was broken. By all threads of one block, which sees what the others noted.
+__device__ __noinline__ bool Answer(const PrologueParams& p, Step step, bool flawed, bool recorded) {
   ReportRing ring = p.ring;
   ring.replay = &step.replay;
-  const bool violated = Resolve(p, step, ring, flawed);
+  const Outcome outcome = Resolve(p, step, ring, flawed);
   if (threadIdx.x == 0) {
-    if (violated && p.neutralise) ++p.control->neutralised;
+    if (outcome.violated && p.neutralise) ++p.control->neutralised;
     volatile Board& board = *p.board;
     board.healed = p.control->healed;
     board.neutralised = p.control->neutralised;
-    if (violated && p.trap) {
-      __threadfence_system();
-      __trap();
-    }
   }
-  return violated;
+  if (RecordsFlight(p)) {
+    const uint64_t flights = *const_cast<const volatile uint64_t*>(&p.control->flights);
+    RecordFlight(p, step.header, step.replay, recorded ? flights - 1 : flights, outcome);
+  }
+  if (outcome.violated && p.trap) {
+    __threadfence_system();
+    __syncthreads();
+    __trap();
+  }
+  return outcome.violated;
 }
 
 // Counts this block as done, and what it found. The last of them answers for all. By all threads.
@@ -628,9 +698,10 @@ __device__ void Finish(const PrologueParams& p, const Step& step, int found) {
       static_cast<volatile Board*>(p.board)->expected_writes = writes;
     }
   }
-  if (!any_flawed && !step.not_armed && !step.armed_twice && !step.wrong_bucket) return;
+  const bool wrong = step.not_armed || step.armed_twice || step.wrong_bucket;
+  if (!any_flawed && !wrong) return;
   __threadfence();  // what is reported, healed or made harmless was written by other blocks
-  if (Answer(p, step, any_flawed) && p.neutralise) Neutralise(p);
+  if (Answer(p, step, any_flawed, !wrong) && p.neutralise) Neutralise(p);
 }
 
 // A step that is large, comes from a slot, changes shadows, or is compared with the originals: the last block to finish
@@ -638,17 +709,14 @@ __device__ void Finish(const PrologueParams& p, const Step& step, int found) {
 __device__ void RunJudged(const PrologueParams& p, const std::byte* carried) {
   // All that does not depend on each other is in flight at once: the turn, the first tile.
   __shared__ uint64_t turn;
-  int64_t restored_bytes = 0;
-  if (threadIdx.x == 0) {
-    turn = atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->turn), 1ull);
-    restored_bytes = p.control->restored_bytes;
-  }
+  if (threadIdx.x == 0) turn = atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->turn), 1ull);
+  const int64_t told = ToldBefore(p);
   Work work;
   const bool early = p.mode == PrologueMode::kReplay && blockIdx.x < p.first.busy_tiles;
   if (early) LoadWork(p, &p.first.by_tile[blockIdx.x], work);
   __syncthreads();
   const Step step = FindStep(p, carried, turn >> kTurnBits);
-  if (threadIdx.x == 0 && (turn & kTurnMask) + 1 == gridDim.x) Publish(p, step, restored_bytes);
+  if ((turn & kTurnMask) + 1 == gridDim.x) Tell(p, step, told, step.not_armed || step.armed_twice || step.wrong_bucket);
 
   int found = kNothing;
   const bool all = step.check || p.poison_scratch || p.mode != PrologueMode::kReplay;
@@ -683,7 +751,7 @@ __device__ __noinline__ void AnswerCarried(const PrologueParams& p, const std::b
     CheckCarried<true>(p, step.entries, header.entries, step.values);
   }
   __syncthreads();
-  Answer(p, step, taken);
+  Answer(p, step, taken, false);
 }
 
 // Bytes [begin, end), which are not whole words.
@@ -699,11 +767,8 @@ __device__ void RunChecked(const PrologueParams& p, const std::byte* carried) {
   const SlotEntry* const entries = reinterpret_cast<const SlotEntry*>(carried + kSlotTable);
   const std::byte* const values = InMemory(carried) + header.values;
   __shared__ uint64_t turn;
-  int64_t restored_bytes = 0;
-  if (threadIdx.x == 0) {
-    turn = atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->turn), 1ull);
-    restored_bytes = p.control->restored_bytes;
-  }
+  if (threadIdx.x == 0) turn = atomicAdd(reinterpret_cast<unsigned long long*>(&p.control->turn), 1ull);
+  const int64_t told = ToldBefore(p);
   bool known = false, wrong = false, flawed = false;
   Step step = {};
 #pragma unroll 1
@@ -736,9 +801,9 @@ __device__ void RunChecked(const PrologueParams& p, const std::byte* carried) {
     if (wide) LoadBatch(source + begin, 0, copied, batch);
     if (!known) {
       flawed = __syncthreads_or(CheckCarried<false>(p, entries, header.entries, values)) != 0;
-      step = TakeStep(p, carried, ReadHeader(header), turn >> kTurnBits);
-      if (threadIdx.x == 0 && (turn & kTurnMask) + 1 == gridDim.x) Publish(p, step, restored_bytes);
+      step = TakeStep(p, &header, carried, ReadHeader(header), turn >> kTurnBits);
       wrong = step.not_armed || step.armed_twice || step.wrong_bucket || flawed;
+      if ((turn & kTurnMask) + 1 == gridDim.x) Tell(p, step, told, wrong);
       known = true;
     }
     if (source != nullptr && (restored || step.entries != nullptr)) {

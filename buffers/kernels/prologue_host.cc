@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 
 #include "buffers/kernels/prologue.h"
 #include "buffers/rules.h"
@@ -51,13 +52,16 @@ class Prologue {
       ++control_.neutralised;
     }
     Publish();
+    if (params_.mode == PrologueMode::kReplay && params_.flights.entries != nullptr) RecordFlight();
     return violated_ && params_.trap ? 1 : 0;
   }
 
  private:
   void Flag(Violation::Kind kind, int32_t buffer, int64_t index, int64_t expected, int64_t actual) {
     Report(ring_, static_cast<int32_t>(kind), buffer, index, expected, actual);
-    if (kind != Violation::Kind::kPolluted) violated_ = true;  // a polluted constant is healed instead
+    const bool violates = kind != Violation::Kind::kPolluted;  // a polluted constant is healed instead
+    if (!first_.has_value() || (violates && !violated_)) first_ = kind;
+    violated_ = violated_ || violates;
   }
 
   const SlotHeader* Newest() const {
@@ -77,11 +81,12 @@ class Prologue {
     replay_ = std::max(newest->sequence, consumed_);
     extent_ = params_.bucket;
     if (newest->sequence < next) {
-      Flag(Violation::Kind::kNotArmed, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(newest->sequence));
+      Flag(Violation::Kind::kNotArmed, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(replay_));
       return;
     }
     consumed_ = newest->sequence;
     control_.turn = consumed_ << kTurnBits;
+    step_ = newest;
     if (newest->sequence > next) {
       Flag(Violation::Kind::kArmedTwice, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(newest->sequence));
     }
@@ -252,17 +257,38 @@ class Prologue {
     std::atomic_ref(board.consumed).store(consumed_, std::memory_order_release);
   }
 
+  // What the host reads while this runs is written atomically.
+  void RecordFlight() {
+    FlightEntry entry;
+    entry.sequence = ++control_.flights;
+    entry.replay = replay_;
+    entry.bucket = params_.bucket;
+    entry.extent = {-1, -1};
+    if (step_ != nullptr) {
+      entry.extent = step_->extent;
+      std::copy_n(step_->indptr_tails, kFlightTails, entry.tails);
+    }
+    entry.graph = ring_.graph;
+    entry.status = StatusOf(params_, first_.has_value(), violated_);
+    if (first_.has_value()) entry.violation = static_cast<int16_t>(*first_);
+    const FlightWords words = Seal(entry);
+    auto* const to = reinterpret_cast<uint64_t*>(&params_.flights.At(entry.sequence - 1));
+    for (int i = 0; i < kFlightWords; ++i) std::atomic_ref(to[i]).store(words.word[i], std::memory_order_relaxed);
+  }
+
   const PrologueParams& params_;
   const std::byte* const given_;
   ReportRing ring_;
   Control& control_;
   uint64_t consumed_;
   uint64_t replay_ = 0;
+  const SlotHeader* step_ = nullptr;    // null: nobody armed one
   const SlotEntry* entries_ = nullptr;  // null: nothing to place
   const std::byte* values_ = nullptr;
   Extent extent_;
   bool check_ = false;
   bool violated_ = false;
+  std::optional<Violation::Kind> first_;  // that broke a rule, or else that was healed
   bool changed_ = false;
 };
 

@@ -30,22 +30,46 @@ double OutputElement(const ModelConfig& config, const std::vector<std::byte>& ou
 
 }  // namespace
 
-absl::StatusOr<Outputs> ReadOutputs(Stream& stream, const DecodeModel& model, const Extent& bucket) {
-  const ModelConfig& config = model.config();
-  Outputs outputs;
-  outputs.out.resize(config.layers);
-  outputs.lse.resize(config.layers);
-  for (int32_t layer = 0; layer < config.layers; ++layer) {
-    std::vector<std::byte>& out = outputs.out[layer];
-    std::vector<float>& lse = outputs.lse[layer];
-    out.resize(config.q_bytes(bucket.requests));
-    lse.resize(static_cast<size_t>(bucket.requests) * config.heads);
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(absl::MakeSpan(out), model.out(layer).Sub(0, out.size())));
+absl::StatusOr<OutputCopy> OutputCopy::Create(Device& device, const ModelConfig& config) {
+  OutputCopy copy;
+  copy.config_ = config;
+  PRISTINE_ASSIGN_OR_RETURN(copy.memory_, device.AllocatePinned(static_cast<size_t>(Bytes(config)), "outputs"));
+  return copy;
+}
+
+int64_t OutputCopy::Bytes(const ModelConfig& config) {
+  const int64_t lse = int64_t{config.max_batch()} * config.heads * static_cast<int64_t>(sizeof(float));
+  return config.layers * (static_cast<int64_t>(config.q_bytes(config.max_batch())) + lse);
+}
+
+OutputCopy::Layer OutputCopy::PlaceOf(int32_t layer) const {
+  // All layers' LSEs come first: whole floats, wherever the outputs' rows end.
+  const size_t lses = static_cast<size_t>(config_.max_batch()) * config_.heads;
+  const size_t outs = config_.q_bytes(config_.max_batch());
+  std::byte* const first_out = memory_.host() + config_.layers * lses * sizeof(float);
+  return {{first_out + layer * outs, config_.q_bytes(bucket_.requests)},
+          {memory_.As<float>().data() + layer * lses, static_cast<size_t>(bucket_.requests) * config_.heads}};
+}
+
+absl::Status OutputCopy::Queue(Stream& stream, const DecodeModel& model, const Extent& bucket) {
+  bucket_ = bucket;
+  for (int32_t layer = 0; layer < config_.layers; ++layer) {
+    const auto [out, lse] = PlaceOf(layer);
+    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(out, model.out(layer).Sub(0, out.size())));
     PRISTINE_RETURN_IF_ERROR(
         stream.CopyToHost(absl::MakeSpan(reinterpret_cast<std::byte*>(lse.data()), lse.size() * sizeof(float)),
                           AsBytes(model.lse(layer).Sub(0, lse.size()))));
   }
-  PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+  return absl::OkStatus();
+}
+
+Outputs OutputCopy::Read() const {
+  Outputs outputs;
+  for (int32_t layer = 0; layer < config_.layers; ++layer) {
+    const auto [out, lse] = PlaceOf(layer);
+    outputs.out.emplace_back(out.begin(), out.end());
+    outputs.lse.emplace_back(lse.begin(), lse.end());
+  }
   return outputs;
 }
 

@@ -7,9 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "examples/replay_driver/decode_model.h"
 #include "examples/replay_driver/step_inputs.h"
+#include "pristine/graph_runtime/device.h"
+#include "pristine/graph_runtime/memory.h"
+#include "pristine/graph_runtime/stream.h"
 
 namespace pristine::replay_driver {
 
@@ -19,8 +24,30 @@ struct Outputs {
   std::vector<std::vector<float>> lse;      // per layer, [bucket, heads], base 2
 };
 
-// Blocks.
-absl::StatusOr<Outputs> ReadOutputs(Stream& stream, const DecodeModel& model, const Extent& bucket);
+// The way of a step's outputs to the host: pinned memory, so that the stream's copies never hold up the caller.
+class OutputCopy {
+ public:
+  // `device` must outlive it. RESOURCE_EXHAUSTED: no memory.
+  static absl::StatusOr<OutputCopy> Create(Device& device, const ModelConfig& config);
+  static int64_t Bytes(const ModelConfig& config);
+
+  // Queues the copies of what `model` has computed for `bucket` by then.
+  absl::Status Queue(Stream& stream, const DecodeModel& model, const Extent& bucket);
+  // What the last Queue copied; call it once that has run.
+  Outputs Read() const;
+
+ private:
+  struct Layer {
+    absl::Span<std::byte> out;
+    absl::Span<float> lse;
+  };
+  // In the pinned memory, as much as the last bucket needs.
+  Layer PlaceOf(int32_t layer) const;
+
+  PinnedBuffer memory_;
+  ModelConfig config_;
+  Extent bucket_;
+};
 
 struct Comparison {
   int64_t rows = 0;        // compared

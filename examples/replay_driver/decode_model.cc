@@ -1,6 +1,7 @@
 #include "examples/replay_driver/decode_model.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <string>
 #include <utility>
@@ -65,7 +66,7 @@ absl::StatusOr<std::unique_ptr<DecodeModel>> DecodeModel::Create(Device& device,
   return model;
 }
 
-int64_t DecodeModel::Bytes(const ModelConfig& config, int multiprocessors) {
+int64_t DecodeModel::Bytes(const ModelConfig& config, int staging_slots, int multiprocessors) {
   const int64_t rows = int64_t{config.max_batch()} * config.sparse.groups;
   int64_t scratch = rows * attention::SparseRowBound(config.sparse);  // values of 4 bytes
   for (const attention::DecodePlanConfig& plan : {SparsePlan(config), WindowPlan(config)}) {
@@ -73,7 +74,7 @@ int64_t DecodeModel::Bytes(const ModelConfig& config, int multiprocessors) {
     scratch += items * plan.q_heads * (plan.head_dim + 1);
   }
   const int64_t refilled = int64_t{MaxStepPages(config)} + (config.layers - 1) * rows * config.sparse.topk;
-  const int64_t slots = ManagerOptions().staging_slots;
+  const int64_t slots = staging_slots;
   const int64_t tensors = (int64_t{config.layers} + 3) * static_cast<int64_t>(config.q_bytes(config.max_batch()));
   // Each buffer is there live, as the original and as the values that it is registered with; a refilled one also as its
   // engine's and planner's copies and in every staging slot, pinned and on the device.
@@ -147,7 +148,10 @@ absl::Status DecodeModel::AllocateTensors(Device& device) {
 absl::Status DecodeModel::Begin(const StepInputs& inputs) {
   absl::Status begun = manager_->BeginStep(inputs.bucket, inputs.extent);
   if (absl::IsResourceExhausted(begun)) {
+    const auto since = std::chrono::steady_clock::now();
     PRISTINE_RETURN_IF_ERROR(manager_->WaitForSlot());
+    slot_waits_.ms += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - since).count();
+    ++slot_waits_.count;
     begun = manager_->BeginStep(inputs.bucket, inputs.extent);
   }
   PRISTINE_RETURN_IF_ERROR(begun);

@@ -33,13 +33,19 @@ class DecodeModel {
                                                              const KvPool& pool, const ManagerOptions& options);
 
   // About how much Host memory one takes while it is created, the pool apart.
-  static int64_t Bytes(const ModelConfig& config, int multiprocessors);
+  static int64_t Bytes(const ModelConfig& config, int staging_slots, int multiprocessors);
 
   // Has the manager watch the pool for undeclared writes.
   absl::Status ProtectPool();
 
-  // Opens the step and refills everything that is not planned. Blocks while every staging slot is in flight.
+  // Opens the step and refills everything that is not planned. Waits while every staging slot is in flight.
   absl::Status Begin(const StepInputs& inputs);
+  struct SlotWaits {
+    int64_t count = 0;
+    double ms = 0;
+  };
+  // How often, and for how long, Begin has waited.
+  const SlotWaits& slot_waits() const { return slot_waits_; }
   // Plans the sparse layers from inputs.plan_lengths, alone, so that a refusal is the planner's. INVALID_ARGUMENT: a
   // decrease.
   absl::Status PlanSparse(const StepInputs& inputs);
@@ -91,6 +97,7 @@ class DecodeModel {
   DeviceBuffer q_, k_new_, v_new_;       // of the layer that runs
   std::vector<Output> outputs_;          // per layer
   ExtraNodes extra_;                     // may be empty
+  SlotWaits slot_waits_;
 };
 
 }  // namespace pristine::replay_driver

@@ -6,6 +6,8 @@
 #include <system_error>
 
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "examples/replay_driver/html_report.h"
 #include "examples/replay_driver/options.h"
 #include "examples/replay_driver/session.h"
 #include "examples/replay_driver/trace.h"
@@ -39,6 +41,7 @@ absl::Status Serve(const Options& options, const Environment& environment, const
     status = session.Serve(trace);
   }
   status.Update(session.Finish());
+  session.KeepFlightRecords();
   return status;
 }
 
@@ -76,11 +79,47 @@ void Run(const Options& options, const Environment& environment, RunReport& repo
   }
 }
 
-// Opening it for writing would empty the trace before it is read.
-bool ReportIsTheTrace(const Options& options) {
+bool SameFile(const std::string& a, const std::string& b) {
   std::error_code error;
-  return !options.synthetic() && std::filesystem::equivalent(options.report, options.trace, error) && !error;
+  return std::filesystem::equivalent(a, b, error) && !error;
 }
+
+// A file that an option names. Opened before the run: whether it can be written is known at once.
+class OutputFile {
+ public:
+  OutputFile(const char* option, const std::string& path) : option_(option), path_(path) {}
+  bool wanted() const { return !path_.empty(); }
+  std::string name() const { return absl::StrCat("--", option_, "=", path_); }
+
+  // In words, what is wrong with it; "": nothing. Opening it would empty the trace before it is read.
+  std::string Open(const Options& options, absl::Span<OutputFile> before) {
+    if (!wanted()) return "";
+    if (!options.synthetic() && SameFile(path_, options.trace)) {
+      return absl::StrCat(name(), ": is the trace; expected another file");
+    }
+    for (const OutputFile& other : before) {
+      if (other.wanted() && SameFile(path_, other.path_)) {
+        return absl::StrCat(name(), ": is the file of --", other.option_, "; expected another file");
+      }
+    }
+    file_.open(path_);
+    return file_ ? "" : absl::StrCat(name(), ": expected a file that can be written");
+  }
+  template <class Write>
+  void Finish(Write write, RunReport& report) {
+    if (!wanted()) return;
+    write(file_);
+    file_.close();
+    if (file_ || report.exit_code != ExitCode::kOk) return;
+    report.exit_code = ExitCode::kInternal;
+    report.exit_reason = absl::StrCat(name(), ": could not be written in full");
+  }
+
+ private:
+  const char* const option_;
+  const std::string path_;
+  std::ofstream file_;
+};
 
 }  // namespace
 
@@ -95,17 +134,11 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
     environment.out << HelpText();
     return ExitCode::kOk;
   }
-  std::ofstream report_file;
-  if (!options->report.empty()) {
-    if (ReportIsTheTrace(*options)) {
-      return fail(ExitCode::kUsage,
-                  absl::StrCat("--report=", options->report, ": is the trace; expected another file"));
-    }
-    report_file.open(options->report);
-    if (!report_file) {
-      return fail(ExitCode::kUsage,
-                  absl::StrCat("--report=", options->report, ": expected a file that can be written"));
-    }
+  OutputFile files[] = {{"report", options->report}, {"html", options->html}, {"flight-json", options->flight_json}};
+  auto& [report_file, html_file, flight_file] = files;
+  for (OutputFile& file : files) {
+    const std::string wrong = file.Open(*options, absl::MakeSpan(files, static_cast<size_t>(&file - files)));
+    if (!wrong.empty()) return fail(ExitCode::kUsage, wrong);
   }
 
   RunReport report;
@@ -114,17 +147,14 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
   report.trace = options->trace;
   report.plan_from = ToString(options->plan_from);
   report.restore = ToString(options->restore);
+  if (html_file.wanted()) report.log.Enable();
   Run(*options, environment, report);
 
   if (environment.terminal && !options->quiet) environment.err << "\r\x1b[K";  // the progress line
-  if (!options->report.empty()) {
-    WriteJson(report, report_file);
-    report_file.close();
-    if (!report_file && report.exit_code == ExitCode::kOk) {
-      report.exit_code = ExitCode::kInternal;
-      report.exit_reason = absl::StrCat("--report=", options->report, ": could not be written in full");
-    }
-  }
+  flight_file.Finish([&](std::ostream& out) { out << (report.flight_json.empty() ? "[]\n" : report.flight_json); },
+                     report);
+  html_file.Finish([&](std::ostream& out) { WriteHtml(report, out); }, report);
+  report_file.Finish([&](std::ostream& out) { WriteJson(report, out); }, report);
   if (!options->quiet && !report.device.empty()) PrintSummary(report, environment.out);
   if (!options->quiet) {
     for (const std::string& refused : report.requests_refused.entries()) {

@@ -128,8 +128,11 @@ absl::Status Injector::Refill(const StepInputs& inputs) {
   return model_.manager().Refill<uint8_t>(pages_in_use_, in_use_);
 }
 
+bool Injector::Due(const StepInputs& inputs, const GraphRunner& runner) const {
+  return !made_ && runner.stats().replays >= kFirstReplay && Possible(inputs);
+}
+
 absl::Status Injector::BeforeStep(int64_t step, const StepInputs& inputs, Stream& stream, GraphRunner& runner) {
-  if (made_ || runner.stats().replays < kFirstReplay || !Possible(inputs)) return absl::OkStatus();
   made_ = true;
   PRISTINE_RETURN_IF_ERROR(Attempt(step, inputs, stream, runner));
   return stream.Synchronize();
@@ -160,7 +163,9 @@ absl::Status Injector::CountRefusal(int64_t step, const absl::Status& refused) {
     return absl::InternalError(absl::StrCat("--inject=", ToString(injection_), " in step ", step, " was not refused"));
   }
   report_.FailAt(step);
-  report_.invariant_violations.Add(absl::StrCat("refused in step ", step, ": ", std::string(refused.message())));
+  const std::string message(refused.message());
+  report_.invariant_violations.Add(absl::StrCat("refused in step ", step, ": ", message));
+  report_.log.AddViolation(step, "refused", message, nullptr);
   return absl::OkStatus();
 }
 
@@ -235,16 +240,19 @@ absl::StatusOr<std::string> Injector::FindLeak(const StepInputs& inputs, Stream&
   PRISTINE_RETURN_IF_ERROR(model_.FinishPlans(inputs));
   PRISTINE_RETURN_IF_ERROR(model_.manager().BeforeReplay(stream, inputs.bucket, inputs.extent));
   PRISTINE_RETURN_IF_ERROR(model_.manager().RecordPrologue(stream, inputs.bucket));
+  PRISTINE_ASSIGN_OR_RETURN(OutputCopy copy, OutputCopy::Create(stream.device(), model_.config()));
   std::string leak;
   bool reading = false;  // reading queues copies, which the observer is told of too
   stream.SetObserver([&](const std::string& node) -> absl::Status {
     if (reading || !leak.empty()) return absl::OkStatus();
     reading = true;
-    const absl::StatusOr<Outputs> outputs = ReadOutputs(stream, model_, inputs.bucket);
+    absl::Status copied = copy.Queue(stream, model_, inputs.bucket);
     reading = false;
-    if (!outputs.ok()) return outputs.status();
-    for (size_t layer = 0; layer < outputs->out.size() && leak.empty(); ++layer) {
-      const int32_t row = FirstNanRow(model_.config(), outputs->out[layer], inputs.extent.requests);
+    copied.Update(stream.Synchronize());
+    PRISTINE_RETURN_IF_ERROR(copied);
+    const Outputs outputs = copy.Read();
+    for (size_t layer = 0; layer < outputs.out.size() && leak.empty(); ++layer) {
+      const int32_t row = FirstNanRow(model_.config(), outputs.out[layer], inputs.extent.requests);
       if (row >= 0)
         leak = absl::StrCat("the poison run finds NaN in row ", row, " of layer ", layer, " after node ", node);
     }

@@ -26,8 +26,11 @@ class Injector {
   static absl::StatusOr<std::unique_ptr<Injector>> Create(Injection injection, DecodeModel& model, const KvPool& pool,
                                                           RunReport& report);
 
-  // Ahead of a step. From the tenth replay on, in the first step that it is possible in: the bad attempt, waited for.
-  // What the library says at once goes to the report. The step can then be run as if nothing had been.
+  // Whether a step is the one to attempt the misuse ahead of: from the tenth replay on, the first that it is possible
+  // in.
+  bool Due(const StepInputs& inputs, const GraphRunner& runner) const;
+  // Ahead of that step: the bad attempt, waited for. What the library says at once goes to the report. The step can
+  // then be run as if nothing had been.
   absl::Status BeforeStep(int64_t step, const StepInputs& inputs, Stream& stream, GraphRunner& runner);
   // In the step that DecodeModel::Begin opened: refills what the nodes read.
   absl::Status Refill(const StepInputs& inputs);

@@ -1,5 +1,6 @@
 #include "examples/replay_driver/kv_pool.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "examples/replay_driver/model_kernels.h"
@@ -26,13 +27,13 @@ absl::StatusOr<KvPool> KvPool::Create(Device& device, Stream& stream, const Mode
   return pool;
 }
 
-absl::Status KvPool::FillContext(Stream& stream, const ActiveRequest& request) const {
+absl::Status KvPool::FillContext(Stream& stream, const ActiveRequest& request, absl::Span<int32_t> staging) const {
   const int32_t context = request.length - 1;  // the step appends the last token
   if (context == 0) return absl::OkStatus();
   const DeviceSpan<int32_t> pages = pages_.As<int32_t>().Sub(0, request.pages.size());
+  std::copy(request.pages.begin(), request.pages.end(), staging.begin());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(
-      AsWritableBytes(pages),
-      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(request.pages.data()), pages.bytes())));
+      AsWritableBytes(pages), absl::MakeConstSpan(reinterpret_cast<const std::byte*>(staging.data()), pages.bytes())));
   for (int32_t layer = 0; layer < config_.layers; ++layer) {
     const FillContextParams params = {.seed = config_.seed,
                                       .request = request.id,

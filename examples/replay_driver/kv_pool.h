@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "examples/replay_driver/model_config.h"
 #include "examples/replay_driver/scheduler.h"
 #include "pristine/graph_runtime/device.h"
@@ -19,8 +21,9 @@ class KvPool {
   // All slots are NaN, so that a read of one that nobody wrote shows, but for the dummy page's, which are 0.
   static absl::StatusOr<KvPool> Create(Device& device, Stream& stream, const ModelConfig& config);
 
-  // Queues the writing of `request`'s context, in all layers. request.pages must stay valid until it has run.
-  absl::Status FillContext(Stream& stream, const ActiveRequest& request) const;
+  // Queues the writing of `request`'s context, in all layers. `staging` is pinned memory for request.pages, of their
+  // size, that stays as it is until that has run.
+  absl::Status FillContext(Stream& stream, const ActiveRequest& request, absl::Span<int32_t> staging) const;
 
   DeviceSpan<std::byte> k(int32_t layer) const { return layers_[layer].k.As<std::byte>(); }
   DeviceSpan<std::byte> v(int32_t layer) const { return layers_[layer].v.As<std::byte>(); }

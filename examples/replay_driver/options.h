@@ -18,6 +18,7 @@ namespace pristine::replay_driver {
 
 enum class DeviceChoice { kAuto, kHost, kCuda };
 enum class PlanFrom { kLengths, kLive };
+enum class Overlap { kOff, kOn, kBoth };
 
 struct Options {
   DeviceChoice device = DeviceChoice::kAuto;
@@ -41,9 +42,12 @@ struct Options {
   ManagerOptions::Check check = ManagerOptions::Check::kSampled;
   int64_t compare_eager = 100;  // compare in the steps whose number it divides; 0: never
   int32_t compare_rows = 64;
+  Overlap overlap = Overlap::kOff;
+  int32_t staging_slots = ManagerOptions().staging_slots;
   Injection inject = Injection::kNone;
   uint64_t seed = 1;
-  std::string report;  // empty: none
+  // Files to write; empty: none.
+  std::string report, html, flight_json;
   bool quiet = false;
   bool help = false;
 

@@ -4,11 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "examples/replay_driver/run_log.h"
 #include "pristine/buffers/violation.h"
 
 namespace pristine::replay_driver {
@@ -35,6 +37,18 @@ class CappedList {
  private:
   std::vector<std::string> entries_;
   int64_t total_ = 0;
+};
+
+// Where the time of rounds served with, or without, overlap went.
+struct ServeTimes {
+  int64_t replays = 0;
+  double ms = 0;              // wall time
+  double wait_ms = 0;         // of it: blocked until the device had come far enough
+  double compare_ms = 0;      // of it: comparing with eager runs and the truth
+  int64_t max_in_flight = 0;  // steps launched and not yet seen to be done
+  int64_t ring_full = 0;      // steps that found every staging slot in flight
+  double host_ms() const { return ms - wait_ms - compare_ms; }
+  double steps_per_second() const { return ms > 0 ? 1000 * static_cast<double>(replays) / ms : 0; }
 };
 
 struct RunReport {
@@ -65,19 +79,30 @@ struct RunReport {
   int64_t truth_rows = 0;
   double max_rel_rms = 0;
   std::vector<double> us_per_replay;
+  int32_t staging_slots = 0;
+  std::optional<ServeTimes> without_overlap, with_overlap;  // none: nothing was served that way
   double capture_ms = 0;
   std::string exit_reason = "ok";
   ExitCode exit_code = ExitCode::kOk;
+  RunLog log;               // for the page
+  std::string flight_json;  // what the flight recorder held at the end; "" if it never came to that
 
   void AddViolation(const Violation& violation);
   void FailAt(int64_t step) {
-    if (first_failure_step < 0) first_failure_step = step;
+    if (first_failure_step < 0 || step < first_failure_step) first_failure_step = step;
   }
   // Of what was counted: kViolation before kMismatch before kOk.
   ExitCode Outcome() const;
 };
 
-// One line per row of a table, the device first.
+struct Percentiles {
+  double p50 = 0, p99 = 0, max = 0;
+};
+// All are values that are there; 0 if none is.
+Percentiles PercentilesOf(std::vector<double> values);
+
+// Name and value of each row of the summary, the device first.
+std::vector<std::pair<std::string, std::string>> SummaryLines(const RunReport& report);
 void PrintSummary(const RunReport& report, std::ostream& out);
 void WriteJson(const RunReport& report, std::ostream& out);
 

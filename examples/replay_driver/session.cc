@@ -45,10 +45,34 @@ int64_t AvailableMemory() {
   return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
 }
 
+// Places for steps in flight. The ring of staging slots bounds them: while all slots hold values that wait for the
+// device one step more runs, and the next one is prepared. Where values need no slot, the places do.
+int32_t PlacesOf(const Options& options) { return options.overlap == Overlap::kOff ? 1 : options.staging_slots + 2; }
+
+double MicrosecondsSince(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// Adds to `ms` the time until it goes.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& ms) : ms_(ms), begin_(Clock::now()) {}
+  ~Stopwatch() { ms_ += std::chrono::duration<double, std::milli>(Clock::now() - begin_).count(); }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double& ms_;
+  const Clock::time_point begin_;
+};
+
 // Host allocations are granted long before the machine runs out: refuse what it cannot have.
-absl::Status CheckHostMemory(const ModelConfig& config, const Device& device) {
+absl::Status CheckHostMemory(const ModelConfig& config, const Options& options, const Device& device) {
   const int64_t pool = 2 * int64_t{config.layers} * static_cast<int64_t>(config.pool_bytes());
-  const int64_t needed = pool + 2 * DecodeModel::Bytes(config, device.multiprocessors());  // the shadow is another one
+  const int64_t model = DecodeModel::Bytes(config, options.staging_slots, device.multiprocessors());
+  const int64_t steps = StepsInFlight::Bytes(config, PlacesOf(options), options.compare_eager > 0);
+  const int64_t needed = pool + 2 * model + steps;  // the shadow is another one
   const int64_t present = AvailableMemory();
   if (needed <= present) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("the KV pool, page tables and partial results need ", needed >> 20,
@@ -84,7 +108,7 @@ absl::Status Session::OpenDevice(const ModelConfig& config) {
     host.run = environment_.host_run;
     host.enforce_accesses = environment_.enforce_accesses || options_.check == ManagerOptions::Check::kAlways;
     PRISTINE_ASSIGN_OR_RETURN(device_, CreateHostDevice(host));
-    PRISTINE_RETURN_IF_ERROR(CheckHostMemory(config, *device_));
+    PRISTINE_RETURN_IF_ERROR(CheckHostMemory(config, options_, *device_));
   }
   report_.device = device_->name();
   report_.host_emulation = device_->backend() == Backend::kHost;
@@ -101,11 +125,16 @@ absl::Status Session::SetUp() {
   ManagerOptions manager;
   manager.check = options_.check;
   manager.restore = options_.restore;
+  manager.staging_slots = options_.staging_slots;
+  report_.staging_slots = options_.staging_slots;
+  if (options_.inject == Injection::kReusedSlot) manager.parameter_bytes = 0;  // no step does without a slot
   PRISTINE_ASSIGN_OR_RETURN(model_, DecodeModel::Create(*device_, config, *pool_, manager));
   PRISTINE_ASSIGN_OR_RETURN(shadow_, DecodeModel::Create(*device_, config, *pool_, manager));
   if (options_.check != ManagerOptions::Check::kOff) {
     PRISTINE_RETURN_IF_ERROR(model_->ProtectPool());
   }
+  PRISTINE_ASSIGN_OR_RETURN(steps_,
+                            StepsInFlight::Create(*device_, config, PlacesOf(options_), options_.compare_eager > 0));
   if (options_.inject != Injection::kNone) {
     PRISTINE_ASSIGN_OR_RETURN(injector_, Injector::Create(options_.inject, *model_, *pool_, report_));
   }
@@ -122,6 +151,13 @@ absl::Status Session::SetUp() {
 }
 
 absl::Status Session::Serve(absl::Span<const TraceRequest> trace) {
+  absl::Status status;
+  if (options_.overlap != Overlap::kOn) status = ServeOnce(trace, false);
+  if (options_.overlap == Overlap::kOff || !status.ok() || report_.plan_refused) return status;
+  return ServeOnce(trace, true);
+}
+
+absl::Status Session::ServeOnce(absl::Span<const TraceRequest> trace, bool overlap) {
   SchedulerConfig config;
   config.step_ticks = options_.step_ms * kTicksPerMs;
   config.step_limit = options_.step_limit();
@@ -129,17 +165,25 @@ absl::Status Session::Serve(absl::Span<const TraceRequest> trace) {
   config.page_size = options_.page_size;
   config.pool_pages = model_->config().pool_pages;
   config.seed = options_.seed;
-  scheduler_.emplace(trace, config);
+  overlap_ = overlap;
+  std::optional<ServeTimes>& total = overlap ? report_.with_overlap : report_.without_overlap;
+  times_ = total.value_or(ServeTimes());
+  const DecodeModel::SlotWaits before = model_->slot_waits();
 
   absl::Status status;
-  while (status.ok() && !report_.plan_refused && scheduler_->NextStep()) {
-    const absl::Span<const ActiveRequest> active = scheduler_->active();
-    for (const ActiveRequest& request : active.last(scheduler_->entered())) {
-      status.Update(pool_->FillContext(*stream_, request));
+  {
+    const Stopwatch all(times_.ms);
+    scheduler_.emplace(trace, config);
+    while (status.ok() && !report_.plan_refused && scheduler_->NextStep()) {
+      const absl::Span<const ActiveRequest> active = scheduler_->active();
+      if (!active.empty()) status = RunStep(first_step_ + scheduler_->steps() - 1, active);
+      ShowProgress();
     }
-    if (status.ok() && !active.empty()) status = RunStep(first_step_ + scheduler_->steps() - 1, active);
-    ShowProgress();
+    status.Update(RetireAll());
   }
+  times_.ring_full += model_->slot_waits().count - before.count;
+  times_.wait_ms += model_->slot_waits().ms - before.ms;
+  total = times_;
   for (const int32_t id : scheduler_->refused()) {
     report_.requests_refused.Add(
         absl::StrCat("request ", id, " needs ", scheduler_->PagesOf(id), " pages; the pool has ", config.pool_pages));
@@ -151,9 +195,33 @@ absl::Status Session::Serve(absl::Span<const TraceRequest> trace) {
 }
 
 absl::Status Session::RunStep(int64_t step, absl::Span<const ActiveRequest> active) {
+  this_step_ = step;
+  if (steps_->full()) {
+    PRISTINE_RETURN_IF_ERROR(Wait([this] { return steps_->oldest().done->Synchronize(); }));
+    PRISTINE_RETURN_IF_ERROR(RetireOldest());
+  }
+  StepInFlight& launched = steps_->next();
+  absl::Span<int32_t> pages = launched.pages.As<int32_t>();
+  for (const ActiveRequest& request : active.last(scheduler_->entered())) {
+    PRISTINE_RETURN_IF_ERROR(pool_->FillContext(*stream_, request, pages.first(request.pages.size())));
+    pages.remove_prefix(request.pages.size());
+  }
   inputs_.Set(model_->config(), active);
   PRISTINE_ASSIGN_OR_RETURN(inputs_.bucket, runner_->BucketFor(inputs_.extent));
-  if (injector_ != nullptr) {
+  PRISTINE_RETURN_IF_ERROR(Prepare(step));
+  if (report_.plan_refused) return absl::OkStatus();
+  launched.step = step;
+  PRISTINE_RETURN_IF_ERROR(Launch(launched));
+  // An injection may have more to say of a compared step, which it runs again: before the next one moves on.
+  const bool wait = !overlap_ || (injector_ != nullptr && launched.shadow_replay > 0);
+  PRISTINE_RETURN_IF_ERROR(wait ? RetireAll() : RetireDone());
+  times_.max_in_flight = std::max({times_.max_in_flight, int64_t{1}, static_cast<int64_t>(steps_->size())});
+  return absl::OkStatus();
+}
+
+absl::Status Session::Prepare(int64_t step) {
+  if (injector_ != nullptr && injector_->Due(inputs_, *runner_)) {
+    PRISTINE_RETURN_IF_ERROR(RetireAll());  // what is reported from here on is this step's
     PRISTINE_RETURN_IF_ERROR(injector_->BeforeStep(step, inputs_, *stream_, *runner_));
   }
   PRISTINE_RETURN_IF_ERROR(model_->Begin(inputs_));
@@ -164,31 +232,38 @@ absl::Status Session::RunStep(int64_t step, absl::Span<const ActiveRequest> acti
     PRISTINE_RETURN_IF_ERROR(model_->manager().Restore(*stream_));
   }
   if (live()) {
-    PRISTINE_RETURN_IF_ERROR(PlanFromLive());
+    PRISTINE_RETURN_IF_ERROR(Wait([this] { return PlanFromLive(); }));
   }
   if (const absl::Status planned = model_->PlanSparse(inputs_); !planned.ok()) {
     return live() ? DescribeRefusal(step, planned) : planned;
   }
-  PRISTINE_RETURN_IF_ERROR(model_->FinishPlans(inputs_));
+  return model_->FinishPlans(inputs_);
+}
 
+absl::Status Session::Launch(StepInFlight& launched) {
   const auto begin = std::chrono::steady_clock::now();
   PRISTINE_RETURN_IF_ERROR(runner_->Replay(*stream_, inputs_.bucket, inputs_.extent));
   if (environment_.after_replay) {
     PRISTINE_RETURN_IF_ERROR(environment_.after_replay(*stream_, *model_));
   }
-  PRISTINE_RETURN_IF_ERROR(stream_->Synchronize());
-  report_.us_per_replay.push_back(
-      std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count());
-
-  last_step_ = step;
-  ++report_.replays;
-  report_.tokens += inputs_.extent.tokens;
-  if (report_.replays > 1 && inputs_.bucket != last_bucket_) ++report_.bucket_changes;
-  last_bucket_ = inputs_.bucket;
-  if (options_.compare_eager > 0 && step % options_.compare_eager == 0) {
-    PRISTINE_RETURN_IF_ERROR(Compare(step));
+  launched.bucket = inputs_.bucket;
+  launched.extent = inputs_.extent;
+  launched.replay = model_->manager().stats().replays;
+  launched.shadow_replay = 0;
+  launched.disagreed = false;
+  launched.launched = begin;
+  if (!overlap_) {
+    PRISTINE_RETURN_IF_ERROR(Wait([this] { return stream_->Synchronize(); }));
+    launched.us = MicrosecondsSince(begin);
   }
-  CollectReports(step);
+  if (options_.compare_eager > 0 && launched.step % options_.compare_eager == 0) {
+    PRISTINE_RETURN_IF_ERROR(QueueComparison(launched));
+  }
+  // Without overlap what is not compared is done by now: the event stays as it was, reached.
+  if (overlap_ || launched.shadow_replay > 0) {
+    PRISTINE_RETURN_IF_ERROR(stream_->Record(*launched.done));
+  }
+  steps_->Push();
   return absl::OkStatus();
 }
 
@@ -222,18 +297,67 @@ absl::Status Session::DescribeRefusal(int64_t step, const absl::Status& refusal)
   return absl::OkStatus();
 }
 
-absl::Status Session::Compare(int64_t step) {
-  PRISTINE_ASSIGN_OR_RETURN(const Outputs replayed, ReadOutputs(*stream_, *model_, inputs_.bucket));
+absl::Status Session::QueueComparison(StepInFlight& compared) {
+  const Stopwatch watch(times_.compare_ms);
+  compared.inputs = inputs_;
+  PRISTINE_RETURN_IF_ERROR(compared.replayed_copy.Queue(*stream_, *model_, inputs_.bucket));
   PRISTINE_RETURN_IF_ERROR(shadow_->RunEagerly(*stream_, inputs_, options_.restore));
-  PRISTINE_ASSIGN_OR_RETURN(const Outputs eager, ReadOutputs(*stream_, *shadow_, inputs_.bucket));
-  const Comparison same = CompareSame(model_->config(), inputs_, replayed, eager);
-  const Comparison truth = CompareTruth(model_->config(), inputs_, replayed, options_.compare_rows, step);
+  compared.shadow_replay = shadow_->manager().stats().replays;
+  return compared.eager_copy.Queue(*stream_, *shadow_, inputs_.bucket);
+}
+
+absl::Status Session::Wait(absl::FunctionRef<absl::Status()> wait) {
+  const Stopwatch watch(times_.wait_ms);
+  return wait();
+}
+
+absl::Status Session::RetireAll() {
+  while (steps_->size() > 0) {
+    PRISTINE_RETURN_IF_ERROR(Wait([this] { return steps_->oldest().done->Synchronize(); }));
+    PRISTINE_RETURN_IF_ERROR(RetireOldest());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Session::RetireDone() {
+  while (steps_->size() > 0) {
+    PRISTINE_ASSIGN_OR_RETURN(const bool done, steps_->oldest().done->IsReached());
+    if (!done) break;
+    PRISTINE_RETURN_IF_ERROR(RetireOldest());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Session::RetireOldest() {
+  StepInFlight& done = steps_->oldest();
+  const double us = overlap_ ? MicrosecondsSince(done.launched) : done.us;
+  report_.us_per_replay.push_back(us);
+  report_.log.AddReplay({done.step, done.extent.requests, done.bucket.requests, static_cast<float>(us)});
+  last_step_ = done.step;
+  ++times_.replays;
+  ++report_.replays;
+  report_.tokens += done.extent.tokens;
+  if (report_.replays > 1 && done.bucket != last_bucket_) ++report_.bucket_changes;
+  last_bucket_ = done.bucket;
+  const absl::Status compared = done.shadow_replay > 0 ? Compare(done) : absl::OkStatus();
+  CollectReports();
+  if (done.disagreed) ++report_.plan_mismatch_steps;
+  steps_->Pop();
+  return compared;
+}
+
+absl::Status Session::Compare(const StepInFlight& done) {
+  const Stopwatch watch(times_.compare_ms);
+  const int64_t step = done.step;
+  const Outputs replayed = done.replayed_copy.Read();
+  const Comparison same = CompareSame(model_->config(), done.inputs, replayed, done.eager_copy.Read());
+  const Comparison truth = CompareTruth(model_->config(), done.inputs, replayed, options_.compare_rows, step);
   report_.same_mismatches += same.mismatches;
   report_.truth_mismatches += truth.mismatches;
   report_.truth_rows += truth.rows;
   std::string leak;
   if (injector_ != nullptr && same.mismatches > 0 && report_.first_mismatch.empty()) {
-    PRISTINE_ASSIGN_OR_RETURN(leak, injector_->FindLeak(inputs_, *stream_));
+    PRISTINE_ASSIGN_OR_RETURN(leak, injector_->FindLeak(done.inputs, *stream_));
   }
   report_.max_rel_rms = std::max(report_.max_rel_rms, truth.max_rel_rms);
   for (const Comparison* comparison : {&same, &truth}) {
@@ -246,26 +370,52 @@ absl::Status Session::Compare(int64_t step) {
   return absl::OkStatus();
 }
 
-void Session::CollectReports(int64_t step) {
-  bool disagreed = false;
+void Session::CollectReports() {
   std::array<Violation, 32> violations;
-  for (DecodeModel* model : {model_.get(), shadow_.get()}) {
+  for (const bool shadow : {false, true}) {
+    BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
     size_t count = 0;
-    while ((count = model->manager().Poll(absl::MakeSpan(violations))) > 0) {
+    while ((count = manager.Poll(absl::MakeSpan(violations))) > 0) {
       for (size_t i = 0; i < count; ++i) {
-        report_.FailAt(step);
-        if (violations[i].kind == Violation::Kind::kPlanMismatch) {
-          disagreed = true;
-          if (report_.first_plan_mismatch.empty()) {
-            report_.first_plan_mismatch = absl::StrCat("step ", step, ": ", violations[i].ToString());
-          }
-        } else {
-          report_.AddViolation(violations[i]);
-        }
+        AddReport(violations[i], shadow ? &StepInFlight::shadow_replay : &StepInFlight::replay);
       }
     }
   }
-  if (disagreed) ++report_.plan_mismatch_steps;
+}
+
+void Session::AddReport(const Violation& violation, int64_t StepInFlight::*number) {
+  StepInFlight* const of = steps_->FirstFrom(number, violation.replay);
+  const int64_t step = of == nullptr ? this_step_ : of->step;
+  report_.FailAt(step);
+  LogViolation(step, violation, number == &StepInFlight::shadow_replay);
+  if (violation.kind != Violation::Kind::kPlanMismatch) return report_.AddViolation(violation);
+  StepInFlight& disagreed = of == nullptr ? steps_->oldest() : *of;
+  disagreed.disagreed = true;
+  if (report_.first_plan_mismatch.empty()) {
+    report_.first_plan_mismatch = absl::StrCat("step ", step, ": ", violation.ToString());
+  }
+}
+
+void Session::LogViolation(int64_t step, const Violation& violation, bool shadow) {
+  if (!report_.log.enabled()) return;
+  std::optional<LoggedRecord> found;
+  if (report_.log.lists_next() && violation.replay > 0) {
+    const BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
+    records_.resize(ManagerOptions().flight_records);
+    for (size_t i = manager.FlightRecords(absl::MakeSpan(records_)); i > 0 && !found.has_value(); --i) {
+      if (records_[i - 1].replay == violation.replay) found.emplace(records_[i - 1], shadow);
+    }
+  }
+  report_.log.AddViolation(step, ToString(violation.kind), violation.ToString(), found.has_value() ? &*found : nullptr);
+}
+
+void Session::KeepFlightRecords() {
+  if (model_ == nullptr) return;
+  records_.resize(ManagerOptions().flight_records);
+  const size_t count = model_->manager().FlightRecords(absl::MakeSpan(records_));
+  const auto all = absl::MakeConstSpan(records_).first(count);
+  report_.flight_json = ToJson(all);
+  report_.log.SetLastRecords(all.last(std::min(count, RunLog::kLastRecords)));
 }
 
 absl::Status Session::Finish() {
@@ -279,11 +429,13 @@ absl::Status Session::Finish() {
     report_.replays_by_bucket.emplace_back(runner_->buckets()[i].requests, runner_->stats().replays_by_bucket[i]);
   }
   if (options_.check != ManagerOptions::Check::kOff) {
-    for (DecodeModel* model : {model_.get(), shadow_.get()}) {
-      PRISTINE_ASSIGN_OR_RETURN(const std::vector<Violation> violations, model->manager().Verify(*stream_));
+    for (const bool shadow : {false, true}) {
+      BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
+      PRISTINE_ASSIGN_OR_RETURN(const std::vector<Violation> violations, manager.Verify(*stream_));
       for (const Violation& violation : violations) {
         report_.FailAt(last_step_);
         report_.AddViolation(violation);
+        LogViolation(last_step_, violation, shadow);
       }
     }
   }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "examples/replay_driver/decode_model.h"
@@ -18,6 +19,7 @@
 #include "examples/replay_driver/report.h"
 #include "examples/replay_driver/scheduler.h"
 #include "examples/replay_driver/step_inputs.h"
+#include "examples/replay_driver/steps_in_flight.h"
 #include "examples/replay_driver/trace.h"
 #include "pristine/graph_runtime/device.h"
 #include "pristine/graph_runtime/graph_runner.h"
@@ -36,18 +38,38 @@ class Session {
 
   // Creates the device, the pool, the model and its shadow, and captures every bucket.
   absl::Status SetUp();
-  // Serves `trace` once. Stops early, OK, when the planner refuses (report.plan_refused).
+  // Serves `trace` once; with --overlap=both once without overlap and once with it. Stops early, OK, when the planner
+  // refuses (report.plan_refused).
   absl::Status Serve(absl::Span<const TraceRequest> trace);
   // After the last Serve: what only the whole run shows.
   absl::Status Finish();
+  // What the flight recorder holds, also after a failure of the device.
+  void KeepFlightRecords();
 
  private:
   absl::Status OpenDevice(const ModelConfig& config);
+  absl::Status ServeOnce(absl::Span<const TraceRequest> trace, bool overlap);
+  // Prepares and launches a step. Without overlap it is retired too.
   absl::Status RunStep(int64_t step, absl::Span<const ActiveRequest> active);
+  // Its values, its plans. OK with report.plan_refused: the planner refused it.
+  absl::Status Prepare(int64_t step);
+  absl::Status Launch(StepInFlight& launched);
   absl::Status PlanFromLive();
   absl::Status DescribeRefusal(int64_t step, const absl::Status& refusal);
-  absl::Status Compare(int64_t step);
-  void CollectReports(int64_t step);
+  // Queues an eager run of the same step behind its replay, and the copies of what both computed.
+  absl::Status QueueComparison(StepInFlight& compared);
+
+  // Retire: look at what a step that is done has left. All steps, in order; or those that are done by now.
+  absl::Status RetireAll();
+  absl::Status RetireDone();
+  absl::Status RetireOldest();
+  absl::Status Compare(const StepInFlight& done);
+  void CollectReports();
+  // `number`: of which manager it is.
+  void AddReport(const Violation& violation, int64_t StepInFlight::*number);
+  void LogViolation(int64_t step, const Violation& violation, bool shadow);
+  // Calls `wait` and counts the time.
+  absl::Status Wait(absl::FunctionRef<absl::Status()> wait);
   void ShowProgress();
   bool live() const { return options_.plan_from == PlanFrom::kLive; }
 
@@ -64,12 +86,18 @@ class Session {
   std::unique_ptr<Injector> injector_;   // null without --inject
   std::unique_ptr<GraphRunner> runner_;
 
-  std::optional<Scheduler> scheduler_;  // of the present Serve; queued copies read its page lists
-  StepInputs inputs_;
+  std::optional<StepsInFlight> steps_;
+
+  std::optional<Scheduler> scheduler_;  // of the present Serve
+  StepInputs inputs_;                   // of the step that is prepared
+  bool overlap_ = false;                // of the present Serve
+  ServeTimes times_;                    // of the present Serve
   std::vector<int32_t> live_indptr_;
+  std::vector<FlightRecord> records_;  // what was last read of a flight recorder
   Extent last_bucket_;
   int64_t first_step_ = 0;  // of the present Serve
-  int64_t last_step_ = -1;  // the last one that replayed; -1: none has
+  int64_t this_step_ = 0;   // the one that is prepared
+  int64_t last_step_ = -1;  // the last one that was retired; -1: none was
 };
 
 }  // namespace pristine::replay_driver

@@ -15,7 +15,7 @@ prologue as the first node of each capture, and hands over each step's values::
     manager.before_replay(bucket, requests)
     graph.replay()
 
-`__cuda__` is the CUDA version and the architectures that the library was built with ("13.0 sm_90a"), or None: Host only.
+`__cuda__` is the CUDA version and the architectures that the library was built with ("13.0 sm_90a"). None: Host only.
 """
 
 from importlib.metadata import version as _version

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import tvm_ffi
 
@@ -49,12 +49,12 @@ def _under_contract(
             )
             raise
 
-    return call
+    return cast("Callable[Concatenate[BufferManager, _P], _R]", call)
 
 
 def _tensor(what: str, value: DLPackTensor) -> tvm_ffi.Tensor:
     if not hasattr(value, "__dlpack__"):
-        raise InvalidArgumentError(f"{what}: a {type(value).__name__} has no __dlpack__; numpy.ndarray and torch.Tensor do")
+        raise InvalidArgumentError(f"{what}: a {type(value).__name__} has no __dlpack__, as numpy's and torch's have")
     try:
         return tvm_ffi.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -68,13 +68,15 @@ class BufferManager:
     first node is the prologue (`record_prologue`), one kernel that compares, restores, places the step's values, pads
     the tails and validates; if that fails, it makes the replay harmless before the body runs.
 
-    Adopted tensors stay alive as long as the manager; the manager must outlive every graph that its prologue is in, and
-    the streams it is used on must outlive the manager (PyTorch's do). One thread at a time, and its replays follow each
-    other on one stream.
+    Adopted tensors stay alive as long as the manager and its buffers. The manager must outlive every graph that its
+    prologue is in, and the streams it is used on must outlive the manager (PyTorch's do). One thread at a time, and its
+    replays follow each other on one stream.
 
-    A `FailedPreconditionError` means that the contract between engine and manager is broken (a stale plan, a missing
-    refill, a step for another bucket, a second thread, …). Every later call raises it again until `clear_error`, so that
-    a broad ``except`` cannot swallow it. Other errors do not stand: their call changed nothing.
+    A `FailedPreconditionError` is a contract error: the engine broke the contract with the manager (a stale plan, a
+    missing refill, a step for another bucket, a second thread, a prologue that is not the first node, …). Every later
+    call raises it again until `clear_error`, so that a broad ``except`` cannot swallow it; only `contract_error`,
+    `generation` and `stats` still answer. Other errors do not stand: a wrong argument changed nothing, a full ring is
+    to be tried again, and what the driver reports (`InternalError`) comes from every later call anyway.
 
     Parameters
     ----------
@@ -298,6 +300,15 @@ class BufferManager:
         Includes reports not yet polled. Does not heal.
         """
         return to_violations(_ffi.verify(self._handle, self._device.stream_handle(stream)))
+
+    @_under_contract
+    def signature_hash(self, bucket: ExtentLike) -> int:
+        """What ranks compare before they replay: 64 bits over the bucket, the options and the buffers of its prologue.
+
+        Limits, dummies and originals are left out: they follow from each rank's own memory. `NotFoundError`: no
+        prologue was recorded for `bucket`.
+        """
+        return int(_ffi.signature_hash(self._handle, *to_extent(bucket))) % 2**64
 
     def generation(self, buffer: Buffer) -> int:
         """How often `buffer` was refilled or kept."""

@@ -79,7 +79,8 @@ class Buffer:
     _owner: Any = field(repr=False)
 
 
-class Violation(NamedTuple):
+@dataclass(frozen=True)
+class Violation:
     """What went wrong on the device, where, and in which replay; str() is one line."""
 
     kind: str  # "polluted", "invalid value", "launched without BeforeReplay", … (docs/errors.md)
@@ -109,4 +110,8 @@ class Stats(NamedTuple):
 
 
 def to_violations(rows: Any) -> list[Violation]:
-    return [Violation(*row[:6], Extent(row[6], row[7]), *row[8:]) for row in map(list, rows)]
+    found = []
+    for kind, buffer, index, expected, actual, graph, requests, tokens, replay, node, text in rows:
+        bucket = Extent(requests, tokens)
+        found.append(Violation(kind, buffer, index, expected, actual, graph, bucket, replay, node, text))
+    return found

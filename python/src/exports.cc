@@ -1,5 +1,5 @@
-// The functions that the Python package calls. Names, texts and extents come as they are; what they mean is checked here
-// and below, so that each mistake is an error of Pristine's with the value in it.
+// The functions that the Python package calls. Names, texts and extents come as they are; what they mean is checked
+// here and below, so that each mistake is an error of Pristine's with the value in it.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
@@ -46,9 +46,8 @@ constexpr std::pair<const char*, Role> kRoles[] = {{"constant", Role::kConstant}
                                                    {"refilled", Role::kRefilled},
                                                    {"scratch", Role::kScratch}};
 constexpr std::pair<const char*, Kind> kKinds[] = {
-    {"indptr", Kind::kIndptr}, {"length", Kind::kLength},     {"page_table", Kind::kPageTable},
-    {"slot", Kind::kSlot},     {"position", Kind::kPosition}, {"mask", Kind::kMask},
-    {"opaque", Kind::kOpaque}};
+    {"indptr", Kind::kIndptr},     {"length", Kind::kLength}, {"page_table", Kind::kPageTable}, {"slot", Kind::kSlot},
+    {"position", Kind::kPosition}, {"mask", Kind::kMask},     {"opaque", Kind::kOpaque}};
 constexpr std::pair<const char*, Axis::Unit> kUnits[] = {{"fixed", Axis::Unit::kFixed},
                                                          {"requests", Axis::Unit::kRequests},
                                                          {"requests_plus_one", Axis::Unit::kRequestsPlusOne},
@@ -61,11 +60,10 @@ constexpr std::pair<const char*, ManagerOptions::Restore> kRestores[] = {
     {"graph_head", ManagerOptions::Restore::kGraphHead},
     {"stream", ManagerOptions::Restore::kStream},
     {"off", ManagerOptions::Restore::kOff}};
-constexpr std::pair<const char*, OnViolation> kOnViolation[] = {{"neutralise", OnViolation::kNeutralise},
-                                                                {"record", OnViolation::kRecord},
-                                                                {"trap", OnViolation::kTrap}};
+constexpr std::pair<const char*, OnViolation> kOnViolation[] = {
+    {"neutralise", OnViolation::kNeutralise}, {"record", OnViolation::kRecord}, {"trap", OnViolation::kTrap}};
 
-// --- device -----------------------------------------------------------------------------------------------------------
+// --- device ----------------------------------------------------------------------------------------------------------
 
 ffi::String CudaBuild() {
 #ifdef PRISTINE_WHEEL_CUDA
@@ -75,9 +73,7 @@ ffi::String CudaBuild() {
 #endif
 }
 
-DeviceRef CreateHost() {
-  return DeviceRef(ffi::make_object<DeviceObj>(Take(CreateHostDevice()), DLDevice{kDLCPU, 0}));
-}
+DeviceRef CreateHost() { return DeviceRef(ffi::make_object<DeviceObj>(Take(CreateHostDevice()), DLDevice{kDLCPU, 0})); }
 DeviceRef CreateCuda(int64_t ordinal) {
   const int32_t number = Int32("CUDA device", ordinal);
   return DeviceRef(ffi::make_object<DeviceObj>(Take(CreateCudaDevice(number)), DLDevice{kDLCUDA, number}));
@@ -85,7 +81,7 @@ DeviceRef CreateCuda(int64_t ordinal) {
 ffi::String DeviceName(const DeviceRef& device) { return device->device->name(); }
 void Synchronize(const DeviceRef& device) { ThrowIfError(device->device->Synchronize()); }
 
-// --- set-up -----------------------------------------------------------------------------------------------------------
+// --- set-up ----------------------------------------------------------------------------------------------------------
 
 ManagerRef CreateManager(const DeviceRef& device, const ffi::String& check, int64_t sample_every,
                          const ffi::String& restore, const ffi::String& on_violation, int64_t staging_slots,
@@ -125,7 +121,7 @@ void Seal(const ManagerRef& manager) {
   ThrowIfError(manager->manager().Seal());
 }
 
-// --- each step --------------------------------------------------------------------------------------------------------
+// --- each step -------------------------------------------------------------------------------------------------------
 
 void BeginStep(const ManagerRef& manager, int64_t bucket_requests, int64_t bucket_tokens, int64_t requests,
                int64_t tokens) {
@@ -160,7 +156,7 @@ void BeforeReplay(const ManagerRef& manager, int64_t stream, int64_t bucket_requ
                                                ToExtent(bucket_requests, bucket_tokens), ToExtent(requests, tokens)));
 }
 
-// --- restore and check ------------------------------------------------------------------------------------------------
+// --- restore and check -----------------------------------------------------------------------------------------------
 
 void Restore(const ManagerRef& manager, int64_t stream) {
   const ManagerObj::Call call(*manager.get());
@@ -213,6 +209,11 @@ int64_t Generation(const ManagerRef& manager, int64_t id) {
   return manager->manager().generation(Int32("buffer", id));
 }
 
+int64_t SignatureHash(const ManagerRef& manager, int64_t requests, int64_t tokens) {
+  const ManagerObj::Call call(*manager.get());
+  return static_cast<int64_t>(Take(manager->manager().SignatureHash(ToExtent(requests, tokens))));
+}
+
 ffi::Array<int64_t> Stats(const ManagerRef& manager) {
   const ManagerObj::Call call(*manager.get());
   const BufferManager::Stats stats = manager->manager().stats();
@@ -241,6 +242,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(restore_all, RestoreAll);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(poll, Poll);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(verify, Verify);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(generation, Generation);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(signature_hash, SignatureHash);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stats, Stats);
 
 }  // namespace pristine::python

@@ -67,11 +67,12 @@ absl::StatusOr<int> ManagerObj::Adopt(const BufferSpec& spec, const tvm::ffi::Te
 
 absl::Status ManagerObj::Refill(int id, const tvm::ffi::Tensor& values) {
   if (id < 0 || id >= static_cast<int>(adopted_.size())) {
-    return absl::InvalidArgumentError(absl::StrCat("there is no buffer ", id, "; ids are in [0, ", adopted_.size(), ")"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("there is no buffer ", id, "; ids are in [0, ", adopted_.size(), ")"));
   }
   const Adopted& adopted = adopted_[static_cast<size_t>(id)];
-  PRISTINE_ASSIGN_OR_RETURN(const TensorView view, HostViewOf(absl::StrCat("refill of ", adopted.name), values,
-                                                              adopted.tensor.dtype()));
+  PRISTINE_ASSIGN_OR_RETURN(const TensorView view,
+                            HostViewOf(absl::StrCat("refill of ", adopted.name), values, adopted.tensor.dtype()));
   return WithElementOf(view.dtype, [&]<class T>() { return manager_->Refill<T>(Buffer<T>{id, {}}, view.host<T>()); });
 }
 

@@ -37,8 +37,8 @@ absl::StatusOr<TensorView> Contiguous(const std::string& what, const tvm::ffi::T
   }
   const int bits = dl.dtype.bits;
   if (dl.dtype.lanes != 1 || (bits != 8 && bits != 16 && bits != 32 && bits != 64 && bits != 128)) {
-    return Invalid(what, absl::StrCat("the tensor's dtype is ", NameOf(dl.dtype),
-                                      "; elements must have 1, 2, 4, 8 or 16 bytes"));
+    return Invalid(
+        what, absl::StrCat("the tensor's dtype is ", NameOf(dl.dtype), "; elements must have 1, 2, 4, 8 or 16 bytes"));
   }
   return TensorView{static_cast<std::byte*>(dl.data) + dl.byte_offset, static_cast<size_t>(tensor.numel()), dl.dtype};
 }
@@ -48,7 +48,8 @@ absl::StatusOr<TensorView> Contiguous(const std::string& what, const tvm::ffi::T
 absl::StatusOr<TensorView> ViewOf(const std::string& what, const tvm::ffi::Tensor& tensor, DLDevice device) {
   const DLDevice found = tensor.GetDLTensorPtr()->device;
   if (found.device_type != device.device_type || found.device_id != device.device_id) {
-    return Invalid(what, absl::StrCat("the tensor is in ", NameOf(found), "; the manager's device is ", NameOf(device)));
+    return Invalid(what,
+                   absl::StrCat("the tensor is in ", NameOf(found), "; the manager's device is ", NameOf(device)));
   }
   PRISTINE_ASSIGN_OR_RETURN(TensorView view, Contiguous(what, tensor));
   if (view.size == 0) return Invalid(what, "the tensor has no elements; at least 1");

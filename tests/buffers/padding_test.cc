@@ -47,6 +47,13 @@ class PaddingTest : public BufferTest<BackendT> {
     EXPECT_EQ(found[0].actual, actual);
     EXPECT_EQ(found[0].bucket, kBucket);
   }
+  void ExpectTrapRecorded() {
+    FlightRecord record;
+    ASSERT_EQ(this->manager().FlightRecords(absl::MakeSpan(&record, 1)), 1u);
+    EXPECT_EQ(record.status, FlightRecord::Status::kTrapped);
+    EXPECT_EQ(record.violation, Violation::Kind::kInvariant);
+    EXPECT_EQ(record.extent, (Extent{2, 2}));
+  }
   static BufferSpec Refilled(Kind kind, Axis axis, int32_t limit = 100) {
     BufferSpec spec = Spec("buffer", Role::kRefilled, kind, axis);
     spec.limit = limit;
@@ -259,6 +266,7 @@ TYPED_TEST(PaddingTest, PolicyTrapStopsTheStreamAndTheReportSurvives) {
     ASSERT_OK(this->runner_->Replay(*this->stream(), kBucket, {2, 2}));
     EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "pristine_prologue");
     this->ExpectInvariant(1, 100, 500);
+    this->ExpectTrapRecorded();
     return;
   }
   // A trap is sticky for the context: in a process of its own, which starts afresh and comes here again.
@@ -269,6 +277,7 @@ TYPED_TEST(PaddingTest, PolicyTrapStopsTheStreamAndTheReportSurvives) {
         EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "");
         EXPECT_FALSE(this->device().Allocate(64, "after the trap").ok()) << "the context is still alive";
         this->ExpectInvariant(1, 100, 500);
+        this->ExpectTrapRecorded();
         std::_Exit(::testing::Test::HasFailure() ? 1 : 0);
       },
       ::testing::ExitedWithCode(0), "");

@@ -209,6 +209,7 @@ TEST(Driver, TheReportHasEveryField) {
                            "truth_rows",
                            "max_rel_rms",
                            "us_per_replay",
+                           "overlap",
                            "capture_ms",
                            "exit_reason"}) {
     EXPECT_TRUE(result.report.has(name)) << name;

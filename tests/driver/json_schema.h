@@ -67,8 +67,8 @@ class JsonSchema {
         for (size_t i = 0; i < value.array.size(); ++i)
           Check(argument, value.array[i], absl::StrCat(place, "[", i, "]"));
       } else if (keyword == "required") {
-        for (const Json& name : argument.array) {
-          if (!value.has(name.text)) Fail(place, "has no " + name.text);
+        for (const Json& name : argument.array) {  // says nothing of what is no object
+          if (value.kind == Kind::kObject && !value.has(name.text)) Fail(place, "has no " + name.text);
         }
       } else if (keyword == "properties" || keyword == "additionalProperties") {
         continue;  // below, together

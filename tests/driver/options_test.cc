@@ -43,10 +43,11 @@ TEST(Options, AFileRunsToItsEnd) {
 TEST(Options, HelpNamesEveryOptionOfTheIssue) {
   const std::string help = HelpText();
   for (const char* name :
-       {"device",       "trace",       "format",    "steps",     "repeat",    "step-ms",   "max-batch", "buckets",
-        "dtype",        "heads",       "kv-heads",  "head-dim",  "page-size", "kv-tokens", "layers",    "window",
-        "sparse-block", "topk-blocks", "kv-groups", "dense-len", "plan-from", "restore",   "check",     "compare-eager",
-        "compare-rows", "inject",      "seed",      "report",    "quiet"}) {
+       {"device",  "trace",  "format",        "steps",        "repeat",    "step-ms",       "max-batch",
+        "buckets", "dtype",  "heads",         "kv-heads",     "head-dim",  "page-size",     "kv-tokens",
+        "layers",  "window", "sparse-block",  "topk-blocks",  "kv-groups", "dense-len",     "plan-from",
+        "restore", "check",  "compare-eager", "compare-rows", "overlap",   "staging-slots", "inject",
+        "seed",    "report", "quiet"}) {
     EXPECT_NE(help.find(std::string("  --") + name), std::string::npos) << name;
   }
   // A value that --help asks for is not needed to be understood: everything else may be wrong.
@@ -97,6 +98,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--kv-tokens=268435456", "--heads=64", "--kv-heads=64", "--kv-groups=64"}, "fits in 31 bits"},
         BadCase{{"--plan-from=hope"}, "--plan-from=hope: expected one of lengths, live"},
         BadCase{{"--restore=on"}, "--restore=on: expected one of graph, stream, off"},
+        BadCase{{"--overlap=maybe"}, "--overlap=maybe: expected one of off, on, both"},
+        BadCase{{"--staging-slots=1"}, "--staging-slots=1: expected an integer in [2, 64]"},
+        BadCase{{"--staging-slots=65"}, "--staging-slots=65: expected an integer in [2, 64]"},
         BadCase{{"--check=maybe"}, "--check=maybe: expected one of off, sampled, always"},
         BadCase{{"--device=gpu"}, "--device=gpu: expected auto, host, cuda or cuda:N"},
         BadCase{{"--device=cuda:"}, "--device=cuda:: expected"}, BadCase{{"--device=cuda:-1"}, "expected auto, host"},

@@ -2,6 +2,7 @@
 // 22.
 #include "pristine/attention/decode_plan.h"
 #include "tests/buffers/buffer_fixture.h"
+#include "tests/buffers/engine.h"
 
 namespace pristine::testing {
 namespace {
@@ -74,6 +75,43 @@ TYPED_TEST(StaleRegression, TensorRtLlm18443ASecondWrapperThatPlansOnlyInForward
   EXPECT_STATUS(this->Replay(kBucket, {2, 2}), kFailedPrecondition, "buffer windowed.items_4_4 was last refilled in");
   ASSERT_OK(windowed->Plan(kBucket, second));
   EXPECT_OK(this->Replay(kBucket, {2, 2}));
+}
+
+// A wrapper was captured without having been told that it would be: its graph took nothing of what each step prepared,
+// and read what the capture had left.
+TYPED_TEST(StaleRegression, FlashInfer3904AGraphThatTakesNoStepIsRefused) {
+  this->MakeManager();
+  const auto indptr = this->RegisterIndptr();
+  const auto seen = this->EngineMemory(Ints(5, -1));
+  ASSERT_OK(this->manager().Seal());
+  const auto capture = [&](bool with_prologue) -> absl::StatusOr<EngineLaunch> {
+    PRISTINE_RETURN_IF_ERROR(EngineBeginCapture(*this->stream()));
+    if (with_prologue) {
+      EXPECT_OK(this->manager().RecordPrologue(*this->stream(), kBucket));
+    }
+    EXPECT_OK(Launch(*this->stream(), kCopyInts, CopyIntsParams{seen.address(), indptr.live.address(), 5}));
+    return EngineEndCapture(*this->stream());
+  };
+  const auto step = [&](const EngineLaunch& launch, int32_t length) -> absl::Status {
+    PRISTINE_RETURN_IF_ERROR(this->manager().BeginStep(kBucket, {1, 1}));
+    PRISTINE_RETURN_IF_ERROR(this->Refill(indptr, {0, length}));
+    PRISTINE_RETURN_IF_ERROR(this->manager().BeforeReplay(*this->stream(), kBucket, {1, 1}));
+    PRISTINE_RETURN_IF_ERROR(launch(*this->stream()));
+    return this->stream()->Synchronize();
+  };
+  ASSERT_OK_AND_ASSIGN(EngineLaunch launch, capture(false));
+  ASSERT_OK(step(launch, 3)) << "as before an eager prologue";
+  for (int i = 0; i < 3; ++i) EXPECT_STATUS(step(launch, 4), kFailedPrecondition, "RecordPrologue must come first");
+  launch = nullptr;
+  ASSERT_OK_AND_ASSIGN(launch, capture(true));
+  ASSERT_OK(step(launch, 5));
+  EXPECT_EQ(
+      Describe(this->Poll()),
+      "armed more than once for one launch: expected step 1, found 2 (graph {4 requests, 4 tokens}, replay 2)\n");
+  ASSERT_OK(step(launch, 6));
+  EXPECT_EQ(this->Read(seen), (Ints{0, 6, 6, 6, 6}));
+  EXPECT_EQ(Describe(this->Poll()), "");
+  launch = nullptr;
 }
 
 // The preparation was captured too, the host's planning with it: its numbers were those of the capture in every replay.

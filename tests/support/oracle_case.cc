@@ -9,12 +9,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "attention/kernels/bfloat16.h"
+#include "attention/kernels/float16.h"
 
 namespace pristine::testing {
 namespace {
 
 using attention::BFloat16;
 using attention::DType;
+using attention::Float16;
 
 constexpr double kQueryTag = 4;  // element 0 of every query; keys have 0 there, needles a large number
 enum What : uint64_t { kQueryNoise, kKeyNoise, kValueNoise, kNeedleCode };
@@ -52,6 +54,7 @@ double DecodeCase::Scale() const { return 1 / std::sqrt(static_cast<double>(shap
 double DecodeCase::Round(double value) const {
   const float narrow = static_cast<float>(value);
   if (shape_.dtype == DType::kFloat32) return narrow;
+  if (shape_.dtype == DType::kFloat16) return attention::ToFloat(attention::FromFloat<Float16>(narrow));
   return attention::ToFloat(attention::FromFloat<BFloat16>(narrow));
 }
 
@@ -130,6 +133,9 @@ std::vector<std::byte> ToBytes(absl::Span<const float> values, DType dtype) {
   for (size_t i = 0; i < values.size(); ++i) {
     if (dtype == DType::kFloat32) {
       std::memcpy(bytes.data() + i * 4, &values[i], 4);
+    } else if (dtype == DType::kFloat16) {
+      const Float16 narrow = attention::FromFloat<Float16>(values[i]);
+      std::memcpy(bytes.data() + i * 2, &narrow, 2);
     } else {
       const BFloat16 narrow = attention::FromFloat<BFloat16>(values[i]);
       std::memcpy(bytes.data() + i * 2, &narrow, 2);
@@ -143,6 +149,10 @@ std::vector<float> ToFloats(absl::Span<const std::byte> bytes, DType dtype) {
   for (size_t i = 0; i < values.size(); ++i) {
     if (dtype == DType::kFloat32) {
       std::memcpy(&values[i], bytes.data() + i * 4, 4);
+    } else if (dtype == DType::kFloat16) {
+      Float16 narrow;
+      std::memcpy(&narrow, bytes.data() + i * 2, 2);
+      values[i] = attention::ToFloat(narrow);
     } else {
       BFloat16 narrow;
       std::memcpy(&narrow, bytes.data() + i * 2, 2);

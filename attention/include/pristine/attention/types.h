@@ -7,7 +7,7 @@
 
 namespace pristine::attention {
 
-enum class DType : int32_t { kFloat32, kBFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 constexpr size_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 const char* ToString(DType dtype);
 

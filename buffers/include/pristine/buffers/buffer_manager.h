@@ -21,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "pristine/buffers/buffer_spec.h"
+#include "pristine/buffers/flight_recorder.h"
 #include "pristine/buffers/report.h"
 #include "pristine/buffers/violation.h"
 #include "pristine/graph_runtime/device.h"
@@ -63,10 +64,18 @@ struct ManagerOptions {
   // device through a staging slot, on a stream of the manager's own, and so during the replay before. 0: always a slot.
   static constexpr size_t kMaxParameterBytes = 8192;
   size_t parameter_bytes = kMaxParameterBytes;
-  int staging_slots = 4;  // steps that may wait in slots; 2 to 64
+  // Depth of the overlap, 2 to 64: so many steps may wait in slots, which are used in turn. One waits from its launch
+  // until the device has come to it and taken its values, so while a replay runs as many more fit behind it. A step in
+  // parameters passes its slot over, on either backend: how many of those are in flight is for the engine to bound,
+  // where it waits for their results.
+  int staging_slots = 4;
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
   bool poison_scratch = false;
+  // How many replays the flight recorder remembers, rounded up to a power of two, 64 bytes of pinned memory each.
+  // 0: off, no memory. At most kMaxFlightRecords.
+  static constexpr int kMaxFlightRecords = 1 << 20;
+  int flight_records = 1024;
 };
 
 // A manager is one ordered sequence: used by one thread at a time, and its replays follow each other on one stream, or
@@ -115,8 +124,10 @@ class BufferManager final : public GraphHook {
 
   // --- each step ---
 
-  // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. RESOURCE_EXHAUSTED:
-  // every staging slot is in flight (see WaitForSlot). OUT_OF_RANGE: `extent` does not fit in `bucket`.
+  // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. Earlier steps may
+  // still run: what is refilled and planned for this one reaches none of them. OUT_OF_RANGE: `extent` does not fit in
+  // `bucket`. RESOURCE_EXHAUSTED, at once: the slot that the step's values may need is in flight, because the device
+  // has not come to the earlier step that holds it. See WaitForSlot.
   absl::Status BeginStep(const Extent& bucket, const Extent& extent);
   // Takes the real values for the open step; `values` may be reused on return. Bumps the buffer's generation.
   // FAILED_PRECONDITION: no open step. INVALID_ARGUMENT: not kRefilled; values.size() is not the axis's count for the
@@ -160,7 +171,8 @@ class BufferManager final : public GraphHook {
   absl::Status MoveRow(const Buffer<T>& buffer, int64_t from, int64_t to) {
     return MoveRowBytes(buffer.id, ElementOf<T>().bytes, from, to);
   }
-  // Blocks until BeginStep would find a slot. The only call of a step that blocks.
+  // Blocks until BeginStep would find a slot, not longer. The only call of a step that blocks. An open step stays open.
+  // The error of a stream that has failed.
   absl::Status WaitForSlot();
 
   // How often the buffer was refilled or kept. -1: no such buffer.
@@ -177,8 +189,9 @@ class BufferManager final : public GraphHook {
   absl::Status Seal();
   // Checks the open step and arms exactly one staging slot for the next launch of the graph of `bucket` on `stream`.
   // FAILED_PRECONDITION, naming both numbers: no open step, a buffer neither refilled nor kept, a step for another
-  // bucket or extent, a buffer derived from an older generation of another. Nothing is queued then. Launching without
-  // it, or calling it twice for one launch, is found on the device: reported and neutralised.
+  // bucket or extent, a buffer derived from an older generation of another; also the second one for a bucket without a
+  // RecordPrologue, whose graph would never take the step. Nothing is queued then. Launching without it, or calling it
+  // twice for one launch, is found on the device: reported and neutralised.
   absl::Status BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent);
 
   // Where the engine hands over the graph that it captured with RecordPrologue and the exec that it made from it
@@ -207,6 +220,10 @@ class BufferManager final : public GraphHook {
   // Moves up to out.size() reports that have arrived since the last call to `out`; returns how many. Never blocks or
   // calls the driver; works after the device context has died.
   size_t Poll(absl::Span<Violation> out);
+  // The newest records of the flight recorder, up to out.size() of them, oldest first; returns how many. What a replay
+  // in flight is writing is left out. Never blocks, allocates or calls the driver; works after the device context has
+  // died.
+  size_t FlightRecords(absl::Span<FlightRecord> out) const;
   // Waits for `stream`, then compares constants with their originals, guard bands, originals with what was sealed, and
   // shadows with what they should hold after the last step that ran (not while a Refill is on its way). Does not heal.
   // Includes reports not yet polled. Empty: clean.

@@ -25,7 +25,9 @@ struct Violation {
                        // buffer with deltas
     kUndeclaredWrite,  // Host enforcement: `node` wrote without declaring it
     kClamped,          // a kernel clamped a value to its bound
-    kMissedUpdate,     // the step changes version `expected` of a buffer with deltas; the device holds version `actual`
+    kInfiniteLse,   // a merge met a log-sum-exp of +inf and took the state as empty: row (index) and head (actual) of
+                    // its first or second input (expected: 0 or 1)
+    kMissedUpdate,  // the step changes version `expected` of a buffer with deltas; the device holds version `actual`
   };
   Kind kind = Kind::kPolluted;
   const char* buffer = "";  // name of the buffer

@@ -1,0 +1,1 @@
+#include "buffers/arena.h"
