@@ -206,6 +206,7 @@ absl::StatusOr<std::unique_ptr<DecodePlan>> DecodePlan::Create(BufferManager& ma
   PRISTINE_RETURN_IF_ERROR(Validate(config, multiprocessors));
   std::unique_ptr<DecodePlan> plan(new DecodePlan(manager, config));
 
+  RegistrationScope registration(manager);
   int32_t most_items = 0;
   size_t most_words = 0;
   for (const Extent& bucket : config.buckets) {
@@ -235,6 +236,7 @@ absl::StatusOr<std::unique_ptr<DecodePlan>> DecodePlan::Create(BufferManager& ma
   PRISTINE_ASSIGN_OR_RETURN(plan->partial_lse_,
                             manager.Register<float>({.name = config.name + ".partial_lse", .role = Role::kScratch},
                                                     absl::MakeConstSpan(zeros).first(zeros.size() / config.head_dim)));
+  registration.Keep();
   return plan;
 }
 

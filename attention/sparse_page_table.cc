@@ -87,6 +87,7 @@ absl::StatusOr<std::unique_ptr<SparsePageTable>> SparsePageTable::Create(BufferM
   sparse->staging_.resize(static_cast<size_t>(rows) + 1);
   for (int32_t row = 0; row <= rows; ++row) sparse->staging_[row] = row * bound;
 
+  RegistrationScope registration(manager);
   BufferSpec spec = {.name = config.name + ".kv_indptr",
                      .role = Role::kRefilled,
                      .kind = Kind::kIndptr,
@@ -102,6 +103,7 @@ absl::StatusOr<std::unique_ptr<SparsePageTable>> SparsePageTable::Create(BufferM
   PRISTINE_ASSIGN_OR_RETURN(
       sparse->kv_indices_,
       manager.Register<int32_t>({.name = config.name + ".kv_indices", .role = Role::kScratch}, indices));
+  registration.Keep();
   return sparse;
 }
 

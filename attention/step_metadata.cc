@@ -60,6 +60,7 @@ absl::StatusOr<std::unique_ptr<StepMetadata>> StepMetadata::Create(BufferManager
   PRISTINE_RETURN_IF_ERROR(Validate(config));
   std::unique_ptr<StepMetadata> metadata(new StepMetadata(manager, config));
 
+  RegistrationScope registration(manager);
   const auto add = [&](Buffer<int32_t>& buffer, const BufferSpec& spec,
                        const std::vector<int32_t>& original) -> absl::Status {
     PRISTINE_ASSIGN_OR_RETURN(buffer, manager.Register<int32_t>(spec, original));
@@ -109,6 +110,7 @@ absl::StatusOr<std::unique_ptr<StepMetadata>> StepMetadata::Create(BufferManager
                                 .axis = Axis::Tokens(),
                                 .limit = config.max_length},
                                positions));
+  registration.Keep();
   return metadata;
 }
 

@@ -28,15 +28,27 @@ class Arena {
   // `device` must outlive the arena.
   Arena(Device& device, const char* name) : device_(device), name_(name) {}
 
-  // Room for `bytes` > 0 that stays where it is, aligned to device.watch_alignment(). RESOURCE_EXHAUSTED: no memory.
+  // Room for `bytes` > 0 that stays where it is, aligned to device.watch_alignment(). RESOURCE_EXHAUSTED: no memory;
+  // nothing has changed then.
   absl::StatusOr<std::byte*> Carve(size_t bytes, int buffer);
 
-  // Takes back the last Carve; nothing may have happened in between.
-  void Uncarve();
+  // Where the arena stands; Rewind takes back every Carve since. No Close may lie in between.
+  struct Mark {
+    size_t blocks = 0;
+    size_t bands = 0;
+    std::byte* base = nullptr;
+    size_t bytes = 0;
+    size_t used = 0;
+    int last_buffer = -1;
+    std::byte* last_start = nullptr;
+  };
+  Mark mark() const { return {blocks_.size(), open_bands_.size(), base_, bytes_, used_, last_buffer_, last_start_}; }
+  void Rewind(const Mark& mark);
 
-  // Ends the current blocks, so that what comes later shares no page with what is there, and queues the filling of the
-  // new bands.
-  absl::Status Close(Stream& stream);
+  // Queues the filling of the bands that Close would end. Changes nothing here, so that it may fail and be tried again.
+  absl::Status FillBands(Stream& stream) const;
+  // Ends the current blocks, so that what comes later shares no page with what is there. The bands are filled.
+  void Close();
 
   // Bands of all closed blocks.
   const std::vector<GuardBand>& bands() const { return bands_; }
@@ -54,10 +66,6 @@ class Arena {
   size_t used_ = 0;
   int last_buffer_ = -1;
   std::byte* last_start_ = nullptr;
-  // Before the last Carve.
-  size_t used_before_ = 0;
-  int buffer_before_ = -1;
-  std::byte* start_before_ = nullptr;
   std::vector<GuardBand> open_bands_;  // not filled yet
   std::vector<GuardBand> bands_;
 };

@@ -66,7 +66,11 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
   PRISTINE_RETURN_IF_ERROR(CheckOptions(options));
   auto impl = std::make_unique<Impl>(device, options);
   impl->graphs.reserve(buffers::kMaxGraphs);
-  PRISTINE_ASSIGN_OR_RETURN(impl->reports, buffers::Reports::Create(device));
+  PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<buffers::Reports> reports, buffers::Reports::Create(device));
+  {
+    std::lock_guard lock(impl->names_mutex);
+    impl->reports = std::move(reports);
+  }
   PRISTINE_ASSIGN_OR_RETURN(impl->flights, buffers::FlightLog::Create(device, options.flight_records));
   PRISTINE_ASSIGN_OR_RETURN(impl->replayed, device.CreateEvent());
 
@@ -103,7 +107,7 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
                                                                        absl::Span<const std::byte> original,
                                                                        size_t size) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   const bool adopt = live.address() != nullptr || live.size() > 0;
   if (spec.name.empty()) return absl::InvalidArgumentError("a buffer without a name; give each a unique one");
@@ -161,13 +165,14 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
   }
 
   std::byte* address = live.address();
-  buffers::Arena& arena = spec.role == Role::kConstant ? impl.constants : impl.writable;
+  buffers::Arena& arena = impl.ArenaOf(spec.role);
   if (!adopt) {
+    state->before = arena.mark();
     PRISTINE_ASSIGN_OR_RETURN(address, arena.Carve(original.size(), id));
   }
   const auto undo = [&](absl::Status why) {
-    if (!adopt) arena.Uncarve();
-    if (record.shadow != nullptr) impl.shadows.Uncarve();
+    if (!adopt) arena.Rewind(state->before);
+    if (record.shadow != nullptr) impl.shadows.Rewind(state->shadow_before);
     return why;
   };
   state->spec = spec;
@@ -182,6 +187,7 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
   }
   if (spec.deltas) {
     const size_t shadow_bytes = buffers::ShadowBytes(static_cast<int64_t>(original.size()));
+    state->shadow_before = impl.shadows.mark();
     const absl::StatusOr<std::byte*> shadow = impl.shadows.Carve(shadow_bytes, id);
     if (!shadow.ok()) return undo(shadow.status());
     record.shadow = *shadow;
@@ -196,11 +202,53 @@ absl::StatusOr<BufferManager::Registered> BufferManager::RegisterBytes(const Buf
     record.refilled = impl.refilled_buffers++;
     if (!spec.deltas) state->values.resize(original.size());
     state->made_from.resize(spec.derived_from.size(), -1);
+    state->late_bytes = late;
     impl.late_bytes += late;
   }
+  state->adopted = adopt;
+  std::lock_guard lock(impl.names_mutex);
   impl.buffers.push_back(std::move(state));
   return Registered{id, address, size};
 }
+
+absl::Status BufferManager::Unregister(int first) {
+  const Impl::Call call(*impl_);
+  PRISTINE_RETURN_IF_ERROR(call.status());
+  Impl& impl = *impl_;
+  const int count = static_cast<int>(impl.buffers.size());
+  if (first < 0 || first > count) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("Unregister from ", first, "; it must be in [0, ", count, "], the buffers registered"));
+  }
+  if (first < impl.sealed_buffers) {
+    return absl::FailedPreconditionError(absl::StrCat("Unregister from ", first, " (", name(first), "); ids below ",
+                                                      impl.sealed_buffers,
+                                                      " are sealed, and graphs may have their addresses"));
+  }
+  while (static_cast<int>(impl.buffers.size()) > first) {
+    std::unique_ptr<BufferState> state;
+    {
+      std::lock_guard lock(impl.names_mutex);
+      state = std::move(impl.buffers.back());
+      impl.buffers.pop_back();
+    }
+    for (std::unique_ptr<buffers::RegionWatcher>* watcher : {&state->watcher, &state->shadow_watcher}) {
+      if (*watcher == nullptr) continue;
+      (*watcher)->Stop();
+      impl.stopped_watchers.push_back(std::move(*watcher));
+    }
+    if (!state->adopted) impl.ArenaOf(state->spec.role).Rewind(state->before);
+    if (state->deltas != nullptr) {
+      impl.shadows.Rewind(state->shadow_before);
+      impl.with_deltas.pop_back();  // ids go up
+    }
+    if (state->spec.role == Role::kRefilled) --impl.refilled_buffers;
+    impl.late_bytes -= state->late_bytes;
+  }
+  return absl::OkStatus();
+}
+
+int BufferManager::registered() const { return static_cast<int>(impl_->buffers.size()); }
 
 absl::StatusOr<BufferManager::Registered> BufferManager::AdoptBytes(const BufferSpec& spec, Element element,
                                                                     DeviceSpan<std::byte> live, size_t size) {
@@ -222,7 +270,7 @@ absl::StatusOr<BufferManager::Registered> BufferManager::AdoptBytes(const Buffer
 
 absl::Status BufferManager::Protect(const std::string& name, DeviceSpan<const std::byte> memory, size_t element_bytes) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (memory.address() == nullptr || memory.empty() || element_bytes == 0) {
     return absl::InvalidArgumentError(absl::StrCat("Protect ", name, ": ", memory.size(), " bytes in elements of ",
                                                    element_bytes, "; both must be at least 1"));
@@ -235,12 +283,20 @@ absl::Status BufferManager::Protect(const std::string& name, DeviceSpan<const st
 
 absl::Status BufferManager::Seal() {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   return impl_->Seal();
 }
 
 absl::Status BufferManager::Impl::Seal() {
   if (sealed()) return absl::OkStatus();
+  const bool first = ring == nullptr;
+  absl::Status outcome = SealNewBuffers();
+  // Without the first chunk there are no steps, and what is registered next is not late.
+  if (!outcome.ok() && first) ring = nullptr;
+  return outcome;
+}
+
+absl::Status BufferManager::Impl::SealNewBuffers() {
   if (ring == nullptr) {
     size_t value_bytes = options.late_refill_bytes;
     for (const auto& buffer : buffers) {
@@ -307,9 +363,9 @@ absl::Status BufferManager::Impl::Seal() {
 
   // Live memory starts as the originals, whatever ManagerOptions::restore says later.
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
-  PRISTINE_RETURN_IF_ERROR(constants.Close(*stream));
-  PRISTINE_RETURN_IF_ERROR(writable.Close(*stream));
-  PRISTINE_RETURN_IF_ERROR(shadows.Close(*stream));
+  PRISTINE_RETURN_IF_ERROR(constants.FillBands(*stream));
+  PRISTINE_RETURN_IF_ERROR(writable.FillBands(*stream));
+  PRISTINE_RETURN_IF_ERROR(shadows.FillBands(*stream));
   for (size_t i = 0; i < count; ++i) {  // version 0: none that a step builds on
     const BufferState& buffer = *buffers[first + i];
     if (buffer.record.shadow == nullptr) continue;
@@ -329,6 +385,10 @@ absl::Status BufferManager::Impl::Seal() {
     PRISTINE_RETURN_IF_ERROR(stream->CopyFromHost(place, {table, sizeof(chunk.table)}));
     PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
   }
+  // Nothing can fail from here on.
+  constants.Close();
+  writable.Close();
+  shadows.Close();
   chunks.push_back(std::move(chunk));
   sealed_buffers = static_cast<int>(buffers.size());
   return absl::OkStatus();
@@ -395,6 +455,7 @@ absl::StatusOr<int> BufferManager::Impl::EntryOf(const char* graph, const Extent
   buffers::GraphEntry entry;
   entry.graph = graph;
   entry.bucket = bucket;
+  std::lock_guard lock(names_mutex);
   graphs.push_back(std::move(entry));
   return static_cast<int>(graphs.size()) - 1;
 }
@@ -422,6 +483,22 @@ absl::Status BufferManager::Impl::CheckCapacities(const Extent& bucket, int cove
 int64_t BufferManager::generation(int buffer) const {
   const BufferState* const state = impl_->Find(buffer);
   return state == nullptr ? -1 : state->generation;
+}
+
+// A kernel's report is taken for the later one of a replay: it is what a trap follows.
+std::string BufferManager::Impl::LastViolation() {
+  std::lock_guard lock(names_mutex);
+  if (reports == nullptr) return "";
+  ReportRecord record;
+  Violation undeclared;
+  int32_t graph = -1;
+  const bool reported = reports->LastRecord(record);
+  if (reports->LastUndeclared(undeclared, graph) &&
+      (!reported || static_cast<uint64_t>(undeclared.replay) > record.replay)) {
+    SetGraph(undeclared, graph);
+    return undeclared.ToString();
+  }
+  return reported ? ToViolation(record).ToString() : "";
 }
 
 BufferManager::Stats BufferManager::stats() const {

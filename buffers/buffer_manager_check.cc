@@ -17,9 +17,21 @@ using buffers::GraphEntry;
 using buffers::GuardBand;
 using buffers::PrologueMode;
 
+namespace {
+
+// Waits for copies into host memory that is about to go, whatever became of queueing the rest of them: `queued`. A wait
+// that is refused is asked for once more; after a failure of the device nothing runs any longer.
+absl::Status WaitForCopies(Stream& stream, const absl::Status& queued) {
+  const absl::Status waited = stream.Synchronize();
+  if (!waited.ok()) stream.Synchronize().IgnoreError();
+  return queued.ok() ? waited : queued;
+}
+
+}  // namespace
+
 absl::Status BufferManager::Restore(Stream& stream) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (impl_->chunks.empty()) return absl::OkStatus();
   return impl_->Run(
       stream, impl_->Prologue(PrologueMode::kRestoreRestored, {-1, -1}, static_cast<int>(impl_->chunks.size()), -1));
@@ -27,7 +39,7 @@ absl::Status BufferManager::Restore(Stream& stream) {
 
 absl::Status BufferManager::RestoreAll(Stream& stream, const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   return impl_->RestoreAll(stream, bucket, true, impl_->options.check != ManagerOptions::Check::kOff);
 }
 
@@ -43,7 +55,7 @@ absl::Status BufferManager::Impl::RestoreAll(Stream& stream, const Extent& bucke
 absl::Status BufferManager::CheckEqual(Stream& stream, const Buffer<int32_t>& expected, const Buffer<int32_t>& actual,
                                        const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   for (const int id : {expected.id, actual.id}) {
     if (impl_->Find(id) == nullptr) {
       return absl::InvalidArgumentError(
@@ -76,24 +88,11 @@ size_t BufferManager::Poll(absl::Span<Violation> out) {
 
 size_t BufferManager::Impl::Poll(absl::Span<Violation> out) {
   size_t count = 0;
-  const auto set_graph = [this](Violation& violation, int32_t graph) {
-    if (graph < 0 || graph >= static_cast<int32_t>(graphs.size())) return;
-    violation.graph = graphs[static_cast<size_t>(graph)].graph;
-    violation.bucket = graphs[static_cast<size_t>(graph)].bucket;
-  };
   for (int32_t graph = -1; count < out.size() && reports->NextUndeclared(out[count], graph); ++count) {
-    set_graph(out[count], graph);
+    SetGraph(out[count], graph);
   }
   for (ReportRecord record; count < out.size() && reports->NextRecord(record); ++count) {
-    Violation& violation = out[count];
-    violation = {};
-    violation.kind = static_cast<Violation::Kind>(record.kind);
-    violation.buffer = Find(record.buffer) == nullptr ? "" : Find(record.buffer)->spec.name.c_str();
-    violation.index = record.index;
-    violation.expected = record.expected;
-    violation.actual = record.actual;
-    violation.replay = static_cast<int64_t>(record.replay);
-    set_graph(violation, record.graph);
+    out[count] = ToViolation(record);
   }
   return count;
 }
@@ -125,6 +124,24 @@ size_t BufferManager::FlightRecords(absl::Span<FlightRecord> out) const {
   return count;
 }
 
+void BufferManager::Impl::SetGraph(Violation& violation, int32_t graph) const {
+  if (graph < 0 || graph >= static_cast<int32_t>(graphs.size())) return;
+  violation.graph = graphs[static_cast<size_t>(graph)].graph;
+  violation.bucket = graphs[static_cast<size_t>(graph)].bucket;
+}
+
+Violation BufferManager::Impl::ToViolation(const ReportRecord& record) const {
+  Violation violation;
+  violation.kind = static_cast<Violation::Kind>(record.kind);
+  violation.buffer = Find(record.buffer) == nullptr ? "" : Find(record.buffer)->spec.name.c_str();
+  violation.index = record.index;
+  violation.expected = record.expected;
+  violation.actual = record.actual;
+  violation.replay = static_cast<int64_t>(record.replay);
+  SetGraph(violation, record.graph);
+  return violation;
+}
+
 absl::Status BufferManager::Impl::ReadBack(Stream& stream, bool refilled_too, buffers::ReadBack& out) const {
   out.buffers.clear();
   size_t bytes = 0;
@@ -144,14 +161,17 @@ absl::Status BufferManager::Impl::ReadBack(Stream& stream, bool refilled_too, bu
   }
   out.bytes.resize(bytes);
   const absl::Span<std::byte> to = absl::MakeSpan(out.bytes);
-  for (const auto& [id, offset] : out.buffers) {
-    const BufferState& buffer = *buffers[static_cast<size_t>(id)];
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, buffer.bytes), {buffer.record.live, buffer.bytes}));
-  }
-  for (const auto& [band, offset] : out.bands) {
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, band->memory.size()), AsBytes(band->memory)));
-  }
-  return stream.Synchronize();
+  const auto queue = [&]() -> absl::Status {
+    for (const auto& [id, offset] : out.buffers) {
+      const BufferState& buffer = *buffers[static_cast<size_t>(id)];
+      PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, buffer.bytes), {buffer.record.live, buffer.bytes}));
+    }
+    for (const auto& [band, offset] : out.bands) {
+      PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(to.subspan(offset, band->memory.size()), AsBytes(band->memory)));
+    }
+    return absl::OkStatus();
+  };
+  return WaitForCopies(stream, queue());
 }
 
 Violation BufferManager::Impl::Difference(Violation::Kind kind, const BufferState& buffer, const std::byte* was,
@@ -189,10 +209,24 @@ void BufferManager::Impl::CheckBands(const buffers::ReadBack& read, std::vector<
 
 absl::StatusOr<std::vector<Violation>> BufferManager::Verify(Stream& stream) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
+  // Reports are taken last: a failure before loses none.
   buffers::ReadBack read;
   PRISTINE_RETURN_IF_ERROR(impl.ReadBack(stream, false, read));
+  std::vector<Violation> checked;
+  for (const auto& [id, offset] : read.buffers) {
+    const BufferState& buffer = *impl.buffers[static_cast<size_t>(id)];
+    const std::byte* const live = read.bytes.data() + offset;
+    const int64_t index =
+        buffers::FirstDifference(buffer.original.data(), live, buffer.record.capacity, buffer.record.element_bytes);
+    if (index != buffers::kNoIndex) {
+      checked.push_back(Impl::Difference(Violation::Kind::kPolluted, buffer, buffer.original.data(), live, index));
+    }
+  }
+  impl.CheckBands(read, checked);
+  PRISTINE_RETURN_IF_ERROR(impl.CheckOriginals(stream, checked));
+  PRISTINE_RETURN_IF_ERROR(impl.CheckShadows(stream, checked));
 
   std::vector<Violation> found(16);
   for (size_t count = 0;; found.resize(2 * found.size())) {
@@ -202,18 +236,7 @@ absl::StatusOr<std::vector<Violation>> BufferManager::Verify(Stream& stream) {
       break;
     }
   }
-  for (const auto& [id, offset] : read.buffers) {
-    const BufferState& buffer = *impl.buffers[static_cast<size_t>(id)];
-    const std::byte* const live = read.bytes.data() + offset;
-    const int64_t index =
-        buffers::FirstDifference(buffer.original.data(), live, buffer.record.capacity, buffer.record.element_bytes);
-    if (index != buffers::kNoIndex) {
-      found.push_back(Impl::Difference(Violation::Kind::kPolluted, buffer, buffer.original.data(), live, index));
-    }
-  }
-  impl.CheckBands(read, found);
-  PRISTINE_RETURN_IF_ERROR(impl.CheckOriginals(stream, found));
-  PRISTINE_RETURN_IF_ERROR(impl.CheckShadows(stream, found));
+  found.insert(found.end(), checked.begin(), checked.end());
   return found;
 }
 
@@ -221,8 +244,7 @@ absl::Status BufferManager::Impl::CheckOriginals(Stream& stream, std::vector<Vio
   std::vector<std::byte> bytes;
   for (const Chunk& chunk : chunks) {
     bytes.resize(chunk.originals.bytes());
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(absl::MakeSpan(bytes), chunk.originals.span()));
-    PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+    PRISTINE_RETURN_IF_ERROR(WaitForCopies(stream, stream.CopyToHost(absl::MakeSpan(bytes), chunk.originals.span())));
     for (int i = 0; i < chunk.table.count; ++i) {
       const BufferState& buffer = *buffers[static_cast<size_t>(chunk.first + i)];
       const std::byte* const sealed = bytes.data() + (buffer.record.original - chunk.originals.span().address());

@@ -27,7 +27,7 @@ absl::Status NoDeltas(const BufferState& buffer, const char* call) {
 absl::Status BufferManager::UpdateBytes(int buffer, size_t element_bytes, absl::Span<const Range> ranges,
                                         absl::Span<const std::byte> values, size_t size) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_ASSIGN_OR_RETURN(BufferState* const state, impl.Taker(buffer, element_bytes, "update"));
   PRISTINE_RETURN_IF_ERROR(NoDeltas(*state, "update"));
@@ -61,7 +61,7 @@ absl::Status BufferManager::UpdateBytes(int buffer, size_t element_bytes, absl::
 
 absl::Status BufferManager::MoveRowBytes(int buffer, size_t element_bytes, int64_t from, int64_t to) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_ASSIGN_OR_RETURN(BufferState* const state, impl.Taker(buffer, element_bytes, "move"));
   PRISTINE_RETURN_IF_ERROR(NoDeltas(*state, "move"));

@@ -1,6 +1,7 @@
 // What happens each step: BeginStep, Refill, BeforeReplay, and the runner's hooks.
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "absl/strings/str_cat.h"
 #include "buffers/manager_impl.h"
@@ -16,7 +17,7 @@ using buffers::PrologueMode;
 
 absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   if (extent.requests < 0 || extent.tokens < 0 || bucket.requests < 1 || bucket.tokens < 1) {
     return absl::InvalidArgumentError(absl::StrCat("a step of extent ", extent.ToString(), " in bucket ",
@@ -41,7 +42,7 @@ absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent
 
 absl::Status BufferManager::WaitForSlot() {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (impl_->ring == nullptr) return absl::OkStatus();
   impl_->TakeBackUnlaunchedStep();
   return impl_->ring->Wait(impl_->next_sequence);
@@ -51,7 +52,7 @@ absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::
                                         size_t size) {
   const ScopedRange range("refill");
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_ASSIGN_OR_RETURN(BufferState* const taker, impl.Taker(buffer, element_bytes, "refill"));
   BufferState& state = *taker;
@@ -115,7 +116,7 @@ void BufferManager::Impl::Given(BufferState& buffer, int64_t count) {
 
 absl::Status BufferManager::KeepBytes(int buffer) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   if (impl.Find(buffer) == nullptr || impl.Find(buffer)->spec.role != Role::kRefilled) {
     return absl::InvalidArgumentError(absl::StrCat("Keep of buffer ", buffer, " (\"", name(buffer),
@@ -167,12 +168,13 @@ void BufferManager::Impl::TakeBackUnlaunchedStep() {
 
 absl::Status BufferManager::Impl::CheckOrder(Stream& stream) {
   if (last_stream == nullptr || last_stream == stream.native() || stream.capturing()) return absl::OkStatus();
-  PRISTINE_ASSIGN_OR_RETURN(const bool reached, replayed->IsReached());
+  PRISTINE_ASSIGN_OR_RETURN(const bool reached, marked ? replayed->IsReached() : absl::StatusOr<bool>(false));
   const uint64_t consumed = reports->ReadBoard().consumed;
   if (reached && consumed + 1 >= next_sequence) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
       "step ", next_sequence - 1, " or a restore after it still runs on another stream (the last step that began is ",
-      consumed, "); one manager's replays follow each other, graphs that run at once need two managers"));
+      consumed, marked ? "" : "; its end could not be marked: replay or restore there once more",
+      "); one manager's replays follow each other, graphs that run at once need two managers"));
 }
 
 absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Extent& bucket, const Extent& extent) const {
@@ -220,6 +222,7 @@ absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::Sl
   } else {
     std::memcpy(params.step, &header, sizeof(header));
   }
+  std::fill(std::begin(params.salt), std::end(params.salt), header.sequence * 0x9E3779B97F4A7C15u);
   entry.carries = true;  // also if it fails: what the node holds is unknown then
   return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
 }
@@ -246,6 +249,13 @@ void BufferManager::Impl::ChooseSize(GraphEntry& entry, size_t need) {
 absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, buffers::SlotHeader header,
                                           GraphExec* exec) {
   if (exec == nullptr || entry.node < 0) return ring->Send(stream, header);
+  if (!entry.inlines) {
+    if (entry.carries) {
+      PRISTINE_RETURN_IF_ERROR(exec->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+      entry.carries = false;
+    }
+    return ring->Send(stream, header);
+  }
   size_t need = ring->PackedBytes(entry.refilled);
   if (ring->value_bytes() > options.parameter_bytes || need > buffers::kInlineBytes[buffers::kInlineSizes - 1]) {
     PRISTINE_RETURN_IF_ERROR(ring->SendAhead(stream, reports->ReadBoard().consumed, header));
@@ -269,7 +279,8 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
                   next_sequence % static_cast<uint64_t>(options.sample_every) == 0);
   if (flights.capacity() > 0) {
     ForEachTail(entry.bucket, [&header](int place, const BufferState& buffer) {
-      const auto* const values = reinterpret_cast<const int32_t*>(buffer.values.data());
+      const auto* const values =
+          reinterpret_cast<const int32_t*>(buffer.deltas == nullptr ? buffer.values.data() : buffer.deltas->mirror());
       header.indptr_tails[place] = buffer.count > 0 ? values[buffer.count - 1] : 0;
     });
   }
@@ -286,7 +297,7 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   if (stream.capturing()) return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf("", bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
@@ -305,7 +316,7 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, c
 
 absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* exec) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_ASSIGN_OR_RETURN(const int id, impl.EntryOf("", bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(id)];
@@ -322,6 +333,7 @@ absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* 
   entry.params = std::make_unique<buffers::PrologueParams>(*entry.recording);
   if (impl.options.parameter_bytes > 0) {
     if (absl::Status tried = impl.TryInline(entry, *adopted); !tried.ok()) {
+      entry.node = -1;
       return absl::InvalidArgumentError(
           absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue: ",
                        std::string(tried.message().data(), tried.message().size())));
@@ -337,7 +349,7 @@ absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* 
 
 absl::Status BufferManager::DetachExec(const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   PRISTINE_ASSIGN_OR_RETURN(const int id, impl_->EntryOf("", bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(id)];
   if (entry.attached == nullptr) {
@@ -371,28 +383,38 @@ absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::ProloguePar
   PRISTINE_RETURN_IF_ERROR(Launch(stream, buffers::kPrologue, params));
   if (stream.capturing()) return absl::OkStatus();
   last_stream = stream.native();
-  return stream.Record(*replayed);
+  return Mark(stream);
+}
+
+absl::Status BufferManager::Impl::Mark(Stream& stream) {
+  absl::Status status = stream.Record(*replayed);
+  marked = status.ok();
+  return status;
 }
 
 // Gives the node each size of parameters once: the first use of a kernel loads it, which must not happen in a replay.
+// A node that refuses one gets its steps through the ring; returns the first refusal.
 absl::Status BufferManager::Impl::TryInline(GraphEntry& entry, GraphExec& exec) {
-  const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
-    params.base = *entry.params;
-    return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
-  };
   entry.refilled = 0;
   for (int c = 0; c < entry.params->num_chunks; ++c) {
     entry.refilled += static_cast<int>(chunks[static_cast<size_t>(c)].refilled.size());
   }
-  absl::Status status;
-  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params.all);
-  status.Update(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
-  return status;
+  absl::Status refused;
+  const auto set = [&]<int kBytes>(buffers::InlinePrologueParams<kBytes>& params) {
+    params.base = *entry.params;
+    const absl::Status status = exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
+    entry.carries |= status.ok();
+    refused.Update(status);
+  };
+  std::apply([&](auto&... params) { (set(params), ...); }, inline_params.all);
+  entry.inlines = refused.ok();
+  if (entry.carries && exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params).ok()) entry.carries = false;
+  return refused;
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   const bool capturing = stream.capturing();
   if (capturing) {
@@ -416,8 +438,12 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
     return absl::FailedPreconditionError(absl::StrCat("prologue of bucket ", bucket.ToString(),
                                                       ": its steps go to the exec that is attached; DetachExec first"));
   }
+  const int chunks_before = entry.chunks;
   if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
-  PRISTINE_RETURN_IF_ERROR(impl.LaunchPrologue(stream, graph));
+  if (absl::Status status = impl.LaunchPrologue(stream, graph); !status.ok()) {
+    entry.chunks = chunks_before;  // what the engine captured before stays
+    return status;
+  }
   if (capturing) entry.recording = std::make_unique<buffers::PrologueParams>(impl.ReplayPrologue(entry, graph));
   entry.recorded = true;
   return absl::OkStatus();
@@ -425,22 +451,23 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
 
 absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   Impl& impl = *impl_;
   PRISTINE_RETURN_IF_ERROR(impl.Seal());
   PRISTINE_RETURN_IF_ERROR(impl.CheckCapacities(info.bucket, static_cast<int>(impl.chunks.size())));
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
   impl.current_graph = entry.graph;
+  PRISTINE_RETURN_IF_ERROR(impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff,
+                                           impl.options.check != ManagerOptions::Check::kOff));
   entry.order = ++impl.runs;
   entry.replay = 0;
-  return impl.RestoreAll(stream, info.bucket, impl.options.restore != ManagerOptions::Restore::kOff,
-                         impl.options.check != ManagerOptions::Check::kOff);
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   entry.chunks = static_cast<int>(impl_->chunks.size());
@@ -467,18 +494,18 @@ void BufferManager::AfterCapture(const RunInfo& info, const absl::Status& outcom
   entry.params = std::move(entry.recording);
   entry.exec = info.exec;
   entry.node = -1;
-  entry.carries = false;
+  entry.inlines = entry.carries = false;
   if (entry.params == nullptr || impl_->options.parameter_bytes == 0) return;
   const std::vector<GraphNode>& nodes = info.captured->nodes();
   for (size_t i = 0; i < nodes.size() && entry.node < 0; ++i) {
     if (!nodes[i].foreign) entry.node = static_cast<int>(i);  // the first that was recorded through Stream
   }
-  if (!impl_->TryInline(entry, *info.exec).ok()) entry.node = -1;
+  if (entry.node >= 0) impl_->TryInline(entry, *info.exec).IgnoreError();
 }
 
 absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
   const Impl::Call call(*impl_);
-  if (!call.entered()) return SecondThread();
+  PRISTINE_RETURN_IF_ERROR(call.status());
   impl_->TakeBackUnlaunchedStep();
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
   PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, info.extent, info.exec));
@@ -495,7 +522,7 @@ void BufferManager::AfterReplay(Stream& stream, const RunInfo&, const absl::Stat
     impl_->TakeBackUnlaunchedStep();
     return;
   }
-  stream.Record(*impl_->replayed).IgnoreError();  // a stream that failed says so at the next call
+  impl_->Mark(stream).IgnoreError();  // a stream that failed says so at the next call
 }
 
 }  // namespace pristine

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -36,7 +37,8 @@ class RegionWatcher final : public Watcher {
  public:
   RegionWatcher(Device& device, std::string name, Reports& reports, const Control* control)
       : device_(device), name_(std::move(name)), reports_(reports), control_(control) {}
-  ~RegionWatcher() override { device_.Unwatch(id_); }
+  ~RegionWatcher() override { Stop(); }
+  void Stop() { device_.Unwatch(std::exchange(id_, 0)); }
   absl::Status Start(const void* address, size_t bytes, size_t element_bytes);
   void OnUndeclaredWrite(const UndeclaredWrite& write) override;
 
@@ -54,6 +56,10 @@ struct BufferState {
   size_t bytes = 0;
   std::vector<std::byte> original;
   std::unique_ptr<RegionWatcher> watcher;
+  Arena::Mark before;         // where its arena stood before it
+  Arena::Mark shadow_before;  // and that of the shadows
+  bool adopted = false;
+  size_t late_bytes = 0;  // of ManagerOptions::late_refill_bytes
 
   // kRefilled only.
   std::vector<std::byte> values;   // of the last Refill, for Keep; of a buffer with deltas empty
@@ -90,7 +96,8 @@ struct GraphEntry {
   std::unique_ptr<PrologueParams> recording;  // of the capture that has not ended; null: not at its head
   const GraphExec* exec = nullptr;
   std::unique_ptr<GraphExec> attached;  // null: not attached
-  int node = -1;                        // in `exec`; -1: its steps come through the ring
+  int node = -1;                        // in `exec`; -1: not known
+  bool inlines = false;                 // the node takes steps in its parameters; false: they come through the ring
   int refilled = 0;                     // kRefilled buffers of its chunks, which come first in a step's table
   int size = 0;                         // place in kInlineBytes of the parameters
   int enough = 0;                       // the largest that the steps needed since it was chosen
@@ -128,16 +135,24 @@ inline bool UsedBy(const BufferSpec& spec, const Extent& bucket) {
 
 }  // namespace buffers
 
-class BufferManager::Impl {
+absl::Status SecondThread();
+
+class BufferManager::Impl final : public Witness {
  public:
   Impl(Device& its_device, const ManagerOptions& its_options)
       : device(its_device),
         options(its_options),
         constants(its_device, "constants"),
         writable(its_device, "writable buffers"),
-        shadows(its_device, "shadows") {}
+        shadows(its_device, "shadows") {
+    device.AddWitness(this);
+  }
+  ~Impl() override { device.RemoveWitness(this); }
 
-  // Held for the length of a public call: finds a second thread inside one.
+  // Of all that was ever reported, polled or not.
+  std::string LastViolation() override;
+
+  // Held for the length of a public call: finds a second thread inside one, and a device that is lost.
   class Call {
    public:
     explicit Call(Impl& impl) : impl_(impl), entered_(!impl.busy.exchange(true, std::memory_order_acquire)) {}
@@ -147,6 +162,7 @@ class BufferManager::Impl {
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
     bool entered() const { return entered_; }
+    absl::Status status() const { return entered_ ? impl_.device.status() : SecondThread(); }
 
    private:
     Impl& impl_;
@@ -155,6 +171,8 @@ class BufferManager::Impl {
 
   bool sealed() const { return ring != nullptr && sealed_buffers == static_cast<int>(buffers.size()); }
   absl::Status Seal();
+  absl::Status SealNewBuffers();
+  buffers::Arena& ArenaOf(Role role) { return role == Role::kConstant ? constants : writable; }
 
   // The entry of (graph, bucket), made if it is new. RESOURCE_EXHAUSTED: kMaxGraphs.
   absl::StatusOr<int> EntryOf(const char* graph, const Extent& bucket);
@@ -202,6 +220,10 @@ class BufferManager::Impl {
       if (place == buffers::kFlightTails) return;
     }
   }
+  Violation ToViolation(const ReportRecord& record) const;
+  void SetGraph(Violation& violation, int32_t graph) const;
+  // Marks the end of the manager's last work.
+  absl::Status Mark(Stream& stream);
   ReportRing Ring(int graph) const;
 
   // Copies constants, with `refilled_too` kRefilled buffers, and guard bands back. Blocks.
@@ -221,6 +243,8 @@ class BufferManager::Impl {
   Device& device;
   const ManagerOptions options;
   std::atomic<bool> busy{false};
+  // Held while `reports`, `buffers` or `graphs` change, which LastViolation reads on other threads. Never in a step.
+  std::mutex names_mutex;
 
   std::unique_ptr<buffers::Reports> reports;
   buffers::FlightLog flights;
@@ -239,6 +263,7 @@ class BufferManager::Impl {
   int refilled_buffers = 0;
   size_t late_bytes = 0;  // of kRefilled buffers registered after the first Seal
   std::vector<std::unique_ptr<buffers::RegionWatcher>> protected_regions;
+  std::vector<std::unique_ptr<buffers::RegionWatcher>> stopped_watchers;  // reports may still have their names
 
   std::unique_ptr<buffers::StagingRing> ring;  // from the first Seal on
   buffers::InlinePrologues inline_params;      // where they are put together
@@ -255,10 +280,9 @@ class BufferManager::Impl {
   int64_t runs = 0;
   int64_t replays = 0;
   const void* last_stream = nullptr;  // native, of the last replay or eager prologue
+  bool marked = true;                 // `replayed` is its end; false: the mark was refused
   std::unique_ptr<Event> replayed;    // end of the last replay that a runner launched, or of a later eager prologue
 };
-
-absl::Status SecondThread();
 
 }  // namespace pristine
 

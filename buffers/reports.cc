@@ -1,5 +1,6 @@
 #include "buffers/reports.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "pristine/graph_runtime/status.h"
@@ -51,21 +52,56 @@ bool Reports::NextRecord(ReportRecord& record) {
       next_ = sequence - kCapacity;
       continue;
     }
-    record.sequence = sequence;
-    record.index = Load(source.index, std::memory_order_acquire);
-    record.expected = Load(source.expected, std::memory_order_acquire);
-    record.actual = Load(source.actual, std::memory_order_acquire);
-    record.replay = Load(source.replay, std::memory_order_acquire);
-    record.kind = Load(source.kind, std::memory_order_acquire);
-    record.buffer = Load(source.buffer, std::memory_order_acquire);
-    record.graph = Load(source.graph, std::memory_order_acquire);
-    if (Load(source.sequence, std::memory_order_acquire) != sequence) continue;  // it changed under us
+    if (!Read(sequence, record)) continue;  // it changed under us
     ++next_;
     return true;
   }
 }
 
+bool Reports::Read(uint64_t sequence, ReportRecord& record) const {
+  const ReportRecord& source = records()[(sequence - 1) % kCapacity];
+  record.sequence = sequence;
+  record.index = Load(source.index, std::memory_order_acquire);
+  record.expected = Load(source.expected, std::memory_order_acquire);
+  record.actual = Load(source.actual, std::memory_order_acquire);
+  record.replay = Load(source.replay, std::memory_order_acquire);
+  record.kind = Load(source.kind, std::memory_order_acquire);
+  record.buffer = Load(source.buffer, std::memory_order_acquire);
+  record.graph = Load(source.graph, std::memory_order_acquire);
+  return Load(source.sequence, std::memory_order_acquire) == sequence;
+}
+
+bool Reports::LastRecord(ReportRecord& record) const {
+  uint64_t last = 0;
+  for (uint32_t i = 0; i < kCapacity; ++i)
+    last = std::max(last, Load(records()[i].sequence, std::memory_order_acquire));
+  // Overwritten while it was read: what lies there now is later still, so the one before it is asked for next time only
+  // if this one goes on changing.
+  for (int attempt = 0; last > 0 && attempt < 8; ++attempt) {
+    if (Read(last, record)) return true;
+    last = std::max(last, Load(records()[(last - 1) % kCapacity].sequence, std::memory_order_acquire));
+  }
+  return false;
+}
+
+bool Reports::LastUndeclared(Violation& violation, int32_t& graph) const {
+  std::lock_guard lock(last_mutex_);
+  violation = last_undeclared_;
+  graph = last_graph_;
+  return graph != -2;
+}
+
 void Reports::AddUndeclared(const char* buffer, const UndeclaredWrite& write, const Control& control) {
+  {
+    std::lock_guard lock(last_mutex_);
+    last_undeclared_ = {};
+    last_undeclared_.kind = Violation::Kind::kUndeclaredWrite;
+    last_undeclared_.buffer = buffer;
+    last_undeclared_.index = static_cast<int64_t>(write.index);
+    last_undeclared_.replay = static_cast<int64_t>(Load(control.current));
+    write.node.copy(last_undeclared_.node, sizeof(last_undeclared_.node) - 1);
+    last_graph_ = Load(control.graph);
+  }
   uint64_t place = undeclared_in_.load(std::memory_order_relaxed);
   for (;;) {
     UndeclaredRecord& cell = undeclared_[place % kUndeclared];

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -40,6 +41,11 @@ class Reports {
   // The next undeclared write, with its graph's id; false: there is none.
   bool NextUndeclared(Violation& violation, int32_t& graph);
 
+  // The last report of a kernel, and the last undeclared write, taken or not; false: there was none. Any thread; the
+  // context may be dead.
+  bool LastRecord(ReportRecord& record) const;
+  bool LastUndeclared(Violation& violation, int32_t& graph) const;
+
   int64_t lost() const { return lost_ + lost_undeclared_.load(std::memory_order_relaxed); }
 
   Board* device_board() const { return static_cast<Board*>(pinned_.device_address()); }
@@ -52,6 +58,8 @@ class Reports {
  private:
   Reports() = default;
   ReportRecord* records() const;
+  // Whether `record` is what lies at its place, whole.
+  bool Read(uint64_t sequence, ReportRecord& record) const;
 
   static constexpr size_t kUndeclared = 256;
   PinnedBuffer pinned_;  // Board, then kCapacity records
@@ -61,6 +69,9 @@ class Reports {
   std::atomic<uint64_t> undeclared_in_{0};
   uint64_t undeclared_out_ = 0;
   std::atomic<int64_t> lost_undeclared_{0};
+  mutable std::mutex last_mutex_;
+  Violation last_undeclared_;  // guarded by last_mutex_, as is the next
+  int32_t last_graph_ = -2;    // -2: none
 };
 
 }  // namespace pristine::buffers

@@ -10,7 +10,7 @@ namespace pristine::buffers {
 
 absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device, int slots, int entries,
                                                                  size_t value_bytes) {
-  auto ring = std::unique_ptr<StagingRing>(new StagingRing);
+  auto ring = std::unique_ptr<StagingRing>(new StagingRing(device));
   ring->head_ = kSlotTable + static_cast<size_t>(entries) * sizeof(SlotEntry);
   ring->stride_ = (ring->head_ + value_bytes + 255) / 256 * 256;
   ring->blank_.resize(static_cast<size_t>(entries));
@@ -20,7 +20,7 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
   PRISTINE_ASSIGN_OR_RETURN(ring->device_, device.Allocate(bytes, "staging slots on the device"));
   for (int i = 0; i < slots; ++i) {
     PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Event> event, device.CreateEvent());
-    ring->copied_.push_back({std::move(event), false});
+    ring->copied_.push_back({std::move(event)});
   }
   // A device slot that was never sent must not look armed.
   PRISTINE_ASSIGN_OR_RETURN(ring->copies_, device.CreateStream());
@@ -39,7 +39,7 @@ void StagingRing::Describe(const BufferRecord& record) {
 }
 
 absl::Status StagingRing::Open(uint64_t sequence) {
-  if (Copied& copied = CopiedOf(sequence); copied.pending) {
+  if (Copied& copied = CopiedOf(sequence); copied.pending && copied.marked) {
     PRISTINE_ASSIGN_OR_RETURN(const bool free, copied.event->IsReached());
     copied.pending = !free;
   }
@@ -57,7 +57,11 @@ absl::Status StagingRing::Open(uint64_t sequence) {
 }
 
 absl::Status StagingRing::Wait(uint64_t sequence) {
-  return CopiedOf(sequence).pending ? CopiedOf(sequence).event->Synchronize() : absl::OkStatus();
+  Copied& copied = CopiedOf(sequence);
+  if (!copied.pending) return absl::OkStatus();
+  PRISTINE_RETURN_IF_ERROR(copied.marked ? copied.event->Synchronize() : its_device_.Synchronize());
+  copied.pending = false;
+  return absl::OkStatus();
 }
 
 void StagingRing::WaitAll() {
@@ -125,9 +129,11 @@ absl::Status StagingRing::Copy(Stream& stream, SlotHeader header) {
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(device_.As<std::byte>().Sub(start, used_), {slot_, used_}));
+  // The copy is queued whatever becomes of its mark. A stream that failed says so at the launch.
   Copied& copied = CopiedOf(sequence_);
   copied.pending = true;
-  return stream.Record(*copied.event);
+  copied.marked = stream.Record(*copied.event).ok();
+  return absl::OkStatus();
 }
 
 }  // namespace pristine::buffers

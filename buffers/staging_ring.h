@@ -63,14 +63,16 @@ class StagingRing {
   static size_t Footprint(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
  private:
-  StagingRing() = default;
+  explicit StagingRing(Device& device) : its_device_(device) {}
   absl::Status Copy(Stream& stream, SlotHeader header);
   struct Copied {
     std::unique_ptr<Event> event;  // the last copy out of the slot
     bool pending = false;          // it may not have run yet
+    bool marked = true;  // by `event`; false: the mark was refused, so only the whole device can be waited for
   };
   Copied& CopiedOf(uint64_t sequence) { return copied_[sequence % copied_.size()]; }
 
+  Device& its_device_;
   PinnedBuffer pinned_;
   DeviceBuffer device_;
   std::unique_ptr<Stream> copies_;

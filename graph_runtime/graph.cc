@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "pristine/graph_runtime/fault_injector.h"
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine {
@@ -102,15 +103,37 @@ std::string Graph::ToDot(const std::string& title) const {
   return out + "}\n";
 }
 
+absl::StatusOr<std::unique_ptr<GraphExec>> Graph::Instantiate() const {
+  PRISTINE_RETURN_IF_ERROR(device_.Admit(Operation::kInstantiate, "Graph::Instantiate"));
+  return device_.Settle("Graph::Instantiate", DoInstantiate());
+}
+
+absl::Status GraphExec::CheckStream(const char* call, Stream& stream, bool capturing) const {
+  if (&stream.device() != &device_) {
+    return absl::InvalidArgumentError(absl::StrCat(call, ": the stream belongs to ", stream.device().name(),
+                                                   ", another device than the graph's, ", device_.name()));
+  }
+  if (capturing) return absl::FailedPreconditionError(absl::StrCat(call, ": the stream is capturing"));
+  return absl::OkStatus();
+}
+
+absl::Status GraphExec::Upload(Stream& stream) {
+  PRISTINE_RETURN_IF_ERROR(CheckStream("GraphExec::Upload", stream, stream.capturing()));
+  PRISTINE_RETURN_IF_ERROR(device_.Admit(Operation::kUpload, "GraphExec::Upload"));
+  return device_.Settle("GraphExec::Upload", DoUpload(stream));
+}
+
 absl::Status GraphExec::Launch(Stream& stream) { return Launch(stream, stream.capturing()); }
 
 absl::Status GraphExec::Launch(Stream& stream, bool capturing) {
-  if (&stream.device() != &device_) {
-    return absl::InvalidArgumentError(absl::StrCat("GraphExec::Launch: the stream belongs to ", stream.device().name(),
-                                                   ", another device than the graph's, ", device_.name()));
-  }
-  if (capturing) return absl::FailedPreconditionError("GraphExec::Launch: the stream is capturing");
-  return DoLaunch(stream);
+  PRISTINE_RETURN_IF_ERROR(CheckStream("GraphExec::Launch", stream, capturing));
+  PRISTINE_RETURN_IF_ERROR(device_.Admit(Operation::kGraphLaunch, "GraphExec::Launch"));
+  return device_.Settle("GraphExec::Launch", DoLaunch(stream));
+}
+
+absl::Status GraphExec::SetKernelParams(int node, const KernelCall& call) {
+  PRISTINE_RETURN_IF_ERROR(device_.Admit(Operation::kSetParams, call.name));
+  return device_.Settle("GraphExec::SetKernelParams", DoSetKernelParams(node, call));
 }
 
 absl::Status GraphExec::CheckCall(int node, const std::vector<GraphNode>& nodes, const KernelCall& call) {
@@ -143,8 +166,10 @@ absl::StatusOr<int> GraphExec::FindNamed(const std::vector<GraphNode>& nodes, co
 
 absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream, absl::FunctionRef<absl::Status(Stream&)> body) {
   if (stream.capturing()) return absl::FailedPreconditionError("Capture: the stream is capturing already");
-  PRISTINE_RETURN_IF_ERROR(stream.DoBeginCapture());
-  stream.device().AddCapture(&stream);
+  Device& device = stream.device();
+  PRISTINE_RETURN_IF_ERROR(device.Admit(Operation::kCapture, "Capture: begin"));
+  PRISTINE_RETURN_IF_ERROR(device.Settle("Capture: begin", stream.DoBeginCapture()));
+  device.AddCapture(&stream);
   const auto abandon = [&stream] {
     stream.device().RemoveCapture(&stream);
     stream.DoEndCapture(absl::AbortedError("Capture: the body threw")).IgnoreError();
@@ -152,8 +177,9 @@ absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream, absl::FunctionRef
   CaptureEnd end(abandon);
   absl::Status outcome = body(stream);
   end.Disarm();
-  stream.device().RemoveCapture(&stream);
-  return stream.DoEndCapture(std::move(outcome));
+  device.RemoveCapture(&stream);
+  if (outcome.ok()) outcome = device.Admit(Operation::kCapture, "Capture: end");
+  return device.Settle("Capture: end", stream.DoEndCapture(std::move(outcome)));
 }
 
 }  // namespace pristine

@@ -95,7 +95,7 @@ absl::Status GraphRunner::CaptureBucket(Stream& stream, int index) {
     PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
     PRISTINE_ASSIGN_OR_RETURN(made.graph, Capture(stream, record));
     PRISTINE_ASSIGN_OR_RETURN(made.exec, made.graph->Instantiate());
-    return absl::OkStatus();
+    return made.exec->Upload(stream);
   };
   const absl::Status outcome = capture();
   RunInfo captured = info;
@@ -165,6 +165,7 @@ absl::Status GraphRunner::Replay(Stream& stream, const Extent& bucket, const Ext
   if (stream.capturing()) {
     return absl::FailedPreconditionError(absl::StrCat("Replay: '", options_.name, "': the stream is capturing"));
   }
+  PRISTINE_RETURN_IF_ERROR(stream.device().status());
   const RunInfo info = {options_.name.c_str(), bucket, extent, stats_.replays + 1, entries_[index].exec.get(), nullptr};
   absl::Status outcome;
   size_t ready = 0;  // hooks that agreed, and are owed an AfterReplay

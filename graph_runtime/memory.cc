@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "pristine/graph_runtime/device.h"
+#include "pristine/graph_runtime/fault_injector.h"
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine {
@@ -24,7 +25,7 @@ DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
 DeviceBuffer::~DeviceBuffer() {
   if (device_ == nullptr) return;
   device_->DoFree(address_, bytes_);
-  --device_->live_allocations_;
+  device_->UncountAllocation(bytes_);
 }
 
 PinnedBuffer::PinnedBuffer(PinnedBuffer&& other) noexcept
@@ -45,7 +46,7 @@ PinnedBuffer& PinnedBuffer::operator=(PinnedBuffer&& other) noexcept {
 PinnedBuffer::~PinnedBuffer() {
   if (device_ == nullptr) return;
   device_->DoFreePinned(host_, bytes_);
-  --device_->live_allocations_;
+  device_->UncountAllocation(bytes_);
 }
 
 const char* ToString(ProtectionLevel level) { return level == ProtectionLevel::kHardware ? "hardware" : "digest"; }
@@ -76,7 +77,7 @@ ProtectedBuffer& ProtectedBuffer::operator=(ProtectedBuffer&& other) noexcept {
 ProtectedBuffer::~ProtectedBuffer() {
   if (device_ == nullptr) return;
   device_->DoFreeProtected(*this);
-  --device_->live_allocations_;
+  device_->UncountAllocation(bytes_);
 }
 
 absl::Status ProtectedBuffer::Write(size_t offset, absl::Span<const std::byte> values) {
@@ -88,14 +89,16 @@ absl::Status ProtectedBuffer::Write(size_t offset, absl::Span<const std::byte> v
   }
   if (values.empty()) return absl::OkStatus();
   PRISTINE_RETURN_IF_ERROR(device_->RefuseWhileCapturing("ProtectedBuffer::Write"));
-  return device_->DoWriteProtected(*this, offset, values);
+  PRISTINE_RETURN_IF_ERROR(device_->Admit(Operation::kWrite, "ProtectedBuffer::Write"));
+  return device_->Settle("ProtectedBuffer::Write", device_->DoWriteProtected(*this, offset, values));
 }
 
 absl::Status ProtectedBuffer::Seal() {
   if (device_ == nullptr) return absl::FailedPreconditionError("ProtectedBuffer::Seal: no memory was allocated");
   if (sealed_) return absl::FailedPreconditionError("ProtectedBuffer::Seal: sealed already");
   PRISTINE_RETURN_IF_ERROR(device_->Synchronize());
-  PRISTINE_RETURN_IF_ERROR(device_->DoSeal(*this));
+  PRISTINE_RETURN_IF_ERROR(device_->Admit(Operation::kSeal, "ProtectedBuffer::Seal"));
+  PRISTINE_RETURN_IF_ERROR(device_->Settle("ProtectedBuffer::Seal", device_->DoSeal(*this)));
   sealed_ = true;
   return absl::OkStatus();
 }

@@ -802,6 +802,7 @@ __device__ void RunChecked(const PrologueParams& p, const std::byte* carried) {
     if (!known) {
       flawed = __syncthreads_or(CheckCarried<false>(p, entries, header.entries, values)) != 0;
       step = TakeStep(p, &header, carried, ReadHeader(header), turn >> kTurnBits);
+      flawed = flawed && step.entries != nullptr;  // of a step that is not taken, the values do not matter
       wrong = step.not_armed || step.armed_twice || step.wrong_bucket || flawed;
       if ((turn & kTurnMask) + 1 == gridDim.x) Tell(p, step, told, wrong);
       known = true;
@@ -851,7 +852,9 @@ __global__ void __launch_bounds__(kThreads)
     InlinePrologueKernel(const __grid_constant__ InlinePrologueParams<kBytes> p) {
   cudaTriggerProgrammaticLaunchCompletion();
   const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(p.step);
-  if (header.check == 0 && header.slot < 0 && !p.base.judged) {
+  // Asked at once, and not one after the other: each may be a line of parameters that has to be fetched.
+  const bool judged = (header.check != 0) | (header.slot >= 0) | p.base.judged;
+  if (!judged) {
     RunChecked(p.base, p.step);
   } else {
     RunCarriedJudged(p.base, p.step);

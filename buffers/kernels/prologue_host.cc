@@ -53,7 +53,7 @@ class Prologue {
     }
     Publish();
     if (params_.mode == PrologueMode::kReplay && params_.flights.entries != nullptr) RecordFlight();
-    return violated_ && params_.trap ? 1 : 0;
+    return violated_ && params_.trap ? kKernelTrap : 0;
   }
 
  private:

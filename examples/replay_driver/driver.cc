@@ -20,6 +20,7 @@ namespace {
 ExitCode ExitCodeOf(const absl::Status& status) {
   switch (status.code()) {
     // What devices and streams say of themselves; a broken rule of this program has other codes.
+    case absl::StatusCode::kAborted:            // the device is lost
     case absl::StatusCode::kInternal:           // a driver call or a kernel failed
     case absl::StatusCode::kResourceExhausted:  // no memory
     case absl::StatusCode::kUnavailable:        // no such GPU, or a driver that is too old

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "graph_runtime/cuda/cuda_status.h"
+#include "graph_runtime/device_lost.h"
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine {
@@ -62,6 +63,7 @@ absl::Status CudaDriver::ToStatus(CUresult result, const char* what) const {
   get_error_name(result, &name);
   get_error_string(result, &text);
   const std::string message = absl::StrCat(what, ": ", name, ": ", text);
+  if (IsSticky(result)) return DeviceLostError(message);
   if (result == CUDA_ERROR_OUT_OF_MEMORY) return absl::ResourceExhaustedError(message);
   return absl::InternalError(message);
 }

@@ -106,6 +106,9 @@ absl::StatusOr<std::unique_ptr<Graph>> CudaGraph::Create(CudaDevice& device, cud
   return result;
 }
 
+CudaGraph::CudaGraph(CudaDevice& device, cudaGraph_t graph)
+    : Graph(device), device_(device), graph_(std::make_shared<const NativeGraph>(device, graph)) {}
+
 NativeGraph::~NativeGraph() {
   const CurrentContext current(device_.driver(), device_.context());
   const RelaxedCaptureMode relaxed;
@@ -215,8 +218,15 @@ CudaGraphExec::~CudaGraphExec() {
   cudaGetLastError();
 }
 
+absl::Status CudaGraphExec::DoUpload(Stream& stream) {
+  auto& on = static_cast<CudaStream&>(stream);  // GraphExec checked the device
+  PRISTINE_RETURN_IF_ERROR(on.UploadGraph(exec_));
+  launched_on_ = on.native_stream();
+  return absl::OkStatus();
+}
+
 absl::Status CudaGraphExec::DoLaunch(Stream& stream) {
-  auto& on = static_cast<CudaStream&>(stream);  // GraphExec::Launch checked the device
+  auto& on = static_cast<CudaStream&>(stream);  // GraphExec checked the device
   PRISTINE_RETURN_IF_ERROR(on.LaunchGraph(exec_));
   launched_on_ = on.native_stream();
   return absl::OkStatus();
@@ -278,6 +288,8 @@ absl::StatusOr<std::unique_ptr<GraphExec>> AdoptedCudaExec::Create(CudaDevice& d
 
 AdoptedCudaExec::AdoptedCudaExec(CudaDevice& device, std::vector<GraphNode> nodes, cudaGraphExec_t exec)
     : GraphExec(device), device_(device), nodes_(std::move(nodes)), exec_(exec) {}
+
+absl::Status AdoptedCudaExec::DoUpload(Stream& stream) { return static_cast<CudaStream&>(stream).UploadGraph(exec_); }
 
 absl::Status AdoptedCudaExec::DoLaunch(Stream& stream) { return static_cast<CudaStream&>(stream).LaunchGraph(exec_); }
 

@@ -40,8 +40,7 @@ class CudaGraph final : public Graph {
                                                        const std::vector<NamedNode>& ours);
 
  private:
-  CudaGraph(CudaDevice& device, cudaGraph_t graph)
-      : device_(device), graph_(std::make_shared<const NativeGraph>(device, graph)) {}
+  CudaGraph(CudaDevice& device, cudaGraph_t graph);
   absl::Status ReadNodes(const std::vector<NamedNode>& ours);
   absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const override;
 
@@ -67,6 +66,7 @@ class CudaGraphExec final : public GraphExec {
   ~CudaGraphExec() override;
 
  private:
+  absl::Status DoUpload(Stream& stream) override;
   absl::Status DoLaunch(Stream& stream) override;
   absl::Status DoSetKernelParams(int node, const KernelCall& call) override;
   absl::StatusOr<int> DoFindKernel(const KernelCall& call) override;
@@ -77,7 +77,7 @@ class CudaGraphExec final : public GraphExec {
   CudaKernelParams params_;
   const cudaGraphExec_t exec_;
   const cudaEvent_t done_;                   // recorded only when an exec is destroyed, so that a launch pays nothing
-  std::weak_ptr<NativeStream> launched_on_;  // of the last launch; earlier launches end before it
+  std::weak_ptr<NativeStream> launched_on_;  // of the last launch or upload; earlier ones end before it
 };
 
 // An exec of the engine's.
@@ -87,6 +87,7 @@ class AdoptedCudaExec final : public GraphExec {
 
  private:
   AdoptedCudaExec(CudaDevice& device, std::vector<GraphNode> nodes, cudaGraphExec_t exec);
+  absl::Status DoUpload(Stream& stream) override;
   absl::Status DoLaunch(Stream& stream) override;
   absl::Status DoSetKernelParams(int node, const KernelCall& call) override;
   absl::StatusOr<int> DoFindKernel(const KernelCall& call) override;

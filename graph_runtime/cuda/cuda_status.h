@@ -9,9 +9,13 @@
 namespace pristine {
 
 // OK, or "what: cudaErrorName: text". RESOURCE_EXHAUSTED: no memory. FAILED_PRECONDITION: forbidden while capturing, or
-// an event of a capture. INVALID_ARGUMENT: refused for its arguments. INTERNAL: all else. Takes the error out of the
-// runtime's per-thread "last error", so that it is not blamed on a later launch.
+// an event of a capture. INVALID_ARGUMENT: refused for its arguments. A lost device where IsSticky. INTERNAL: all else.
+// Takes the error out of the runtime's per-thread "last error", so that it is not blamed on a later launch.
 absl::Status CudaStatus(cudaError_t error, const char* what);
+
+// Whether the error stays: the context is dead, and every later call that needs it gives the same. Also for a CUresult,
+// which has the same numbers.
+bool IsSticky(int error);
 
 // Whether CUDA refused the call because a capture forbids it.
 bool IsCaptureError(cudaError_t error);

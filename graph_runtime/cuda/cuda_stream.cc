@@ -15,14 +15,16 @@ absl::Status NotCuda(const char* what) {
   return absl::InvalidArgumentError(absl::StrCat(what, ": the event belongs to another backend, not to a CUDA device"));
 }
 
-// A kernel or graph that CUDA did not take is INTERNAL whatever the reason, but for captures.
+// A kernel or graph that CUDA did not take is INTERNAL whatever the reason, but for captures and a lost device.
 absl::Status LaunchStatus(cudaError_t error, const char* what) {
   const absl::Status status = CudaStatus(error, what);
-  if (status.ok() || IsCaptureError(error)) return status;
+  if (status.ok() || IsCaptureError(error) || IsSticky(error)) return status;
   return absl::InternalError(status.message());
 }
 
 }  // namespace
+
+CudaEvent::CudaEvent(CudaDevice& device, cudaEvent_t event) : Event(device), device_(device), event_(event) {}
 
 CudaEvent::~CudaEvent() {
   const CurrentContext current(device_.driver(), device_.context());
@@ -242,6 +244,14 @@ absl::Status CudaStream::LaunchGraph(cudaGraphExec_t exec) {
   const CurrentContext current(device_.driver(), device_.context());
   const RelaxedCaptureMode relaxed(device_.capturing_streams() > 0);
   return Keep(LaunchStatus(cudaGraphLaunch(exec, native_->get()), "cudaGraphLaunch"), false, /*final=*/true);
+}
+
+absl::Status CudaStream::UploadGraph(cudaGraphExec_t exec) {
+  if (!failed_.ok()) return failed_;
+  const CurrentContext current(device_.driver(), device_.context());
+  const RelaxedCaptureMode relaxed(device_.capturing_streams() > 0);
+  const cudaError_t error = cudaGraphUpload(exec, native_->get());
+  return Keep(CudaStatus(error, "cudaGraphUpload"), false, IsSticky(error));  // no memory is no end of the stream
 }
 
 absl::Status CudaStream::DoBeginCapture() {

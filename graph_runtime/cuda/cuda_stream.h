@@ -22,7 +22,7 @@ class CudaDevice;
 class CudaEvent final : public Event {
  public:
   // Takes `event`, which does not measure time.
-  CudaEvent(CudaDevice& device, cudaEvent_t event) : device_(device), event_(event) {}
+  CudaEvent(CudaDevice& device, cudaEvent_t event);
   ~CudaEvent() override;
 
  private:
@@ -60,6 +60,7 @@ class CudaStream final : public Stream {
 
   // Launches `exec`. A failure is final for the stream.
   absl::Status LaunchGraph(cudaGraphExec_t exec);
+  absl::Status UploadGraph(cudaGraphExec_t exec);
   const std::shared_ptr<NativeStream>& native_stream() const { return native_; }
 
  private:

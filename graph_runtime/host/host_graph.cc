@@ -14,11 +14,12 @@ class HostGraph;
 class HostGraphExec : public GraphExec {
  public:
   bool IsMadeFrom(const HostGraph& graph) const;
-  HostGraphExec(const Device& device, std::shared_ptr<const OpList> ops, std::vector<GraphNode> nodes)
+  HostGraphExec(Device& device, std::shared_ptr<const OpList> ops, std::vector<GraphNode> nodes)
       : GraphExec(device), ops_(std::move(ops)), nodes_(std::move(nodes)) {}
 
  private:
   friend class AdoptedHostExec;
+  absl::Status DoUpload(Stream& stream) override { return static_cast<WorkQueue*>(stream.native())->status(); }
   absl::Status DoLaunch(Stream& stream) override {
     auto& queue = *static_cast<WorkQueue*>(stream.native());
     PRISTINE_RETURN_IF_ERROR(queue.status());
@@ -66,8 +67,8 @@ class HostGraphExec : public GraphExec {
 class HostGraph : public Graph {
  public:
   const std::shared_ptr<const OpList>& ops() const { return ops_; }
-  HostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges)
-      : device_(device), ops_(std::make_shared<const OpList>(std::move(ops))) {
+  HostGraph(Device& device, OpList ops, std::vector<GraphEdge> edges)
+      : Graph(device), device_(device), ops_(std::make_shared<const OpList>(std::move(ops))) {
     std::vector<GraphNode> nodes;
     nodes.reserve(ops_->size());
     for (const Op& op : *ops_) nodes.push_back({op.kind, op.name, op.foreign(), nullptr});
@@ -79,7 +80,7 @@ class HostGraph : public Graph {
     return std::make_unique<HostGraphExec>(device_, ops_, nodes());
   }
 
-  const Device& device_;
+  Device& device_;
   const std::shared_ptr<const OpList> ops_;
 };
 
@@ -88,9 +89,10 @@ bool HostGraphExec::IsMadeFrom(const HostGraph& graph) const { return graph.ops(
 // An exec of the engine's.
 class AdoptedHostExec : public GraphExec {
  public:
-  AdoptedHostExec(const Device& device, HostGraphExec& exec) : GraphExec(device), exec_(exec) {}
+  AdoptedHostExec(Device& device, HostGraphExec& exec) : GraphExec(device), exec_(exec) {}
 
  private:
+  absl::Status DoUpload(Stream& stream) override { return exec_.DoUpload(stream); }
   absl::Status DoLaunch(Stream& stream) override { return exec_.DoLaunch(stream); }
   absl::Status DoSetKernelParams(int node, const KernelCall& call) override {
     return exec_.DoSetKernelParams(node, call);
@@ -102,7 +104,7 @@ class AdoptedHostExec : public GraphExec {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<GraphExec>> AdoptHostExec(const Device& device, Graph* graph, GraphExec* exec) {
+absl::StatusOr<std::unique_ptr<GraphExec>> AdoptHostExec(Device& device, Graph* graph, GraphExec* exec) {
   auto* const host_graph = dynamic_cast<HostGraph*>(graph);
   auto* const host_exec = dynamic_cast<HostGraphExec*>(exec);
   if (host_graph == nullptr || host_exec == nullptr || !host_exec->IsMadeFrom(*host_graph)) {
@@ -111,7 +113,7 @@ absl::StatusOr<std::unique_ptr<GraphExec>> AdoptHostExec(const Device& device, G
   return std::make_unique<AdoptedHostExec>(device, *host_exec);
 }
 
-std::unique_ptr<Graph> MakeHostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges) {
+std::unique_ptr<Graph> MakeHostGraph(Device& device, OpList ops, std::vector<GraphEdge> edges) {
   return std::make_unique<HostGraph>(device, std::move(ops), std::move(edges));
 }
 

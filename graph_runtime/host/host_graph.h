@@ -11,9 +11,9 @@
 namespace pristine::host {
 
 // See Device::AdoptExec. INVALID_ARGUMENT: not Host's, or `exec` was made from another graph.
-absl::StatusOr<std::unique_ptr<GraphExec>> AdoptHostExec(const Device& device, Graph* graph, GraphExec* exec);
+absl::StatusOr<std::unique_ptr<GraphExec>> AdoptHostExec(Device& device, Graph* graph, GraphExec* exec);
 
-std::unique_ptr<Graph> MakeHostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges);
+std::unique_ptr<Graph> MakeHostGraph(Device& device, OpList ops, std::vector<GraphEdge> edges);
 
 }  // namespace pristine::host
 

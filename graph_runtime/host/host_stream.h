@@ -17,7 +17,7 @@ class SealedRanges;
 
 class HostEvent : public Event {
  public:
-  explicit HostEvent(const Device& device) : device_(device) {}
+  explicit HostEvent(Device& device) : Event(device), device_(device) {}
 
  private:
   friend class HostStream;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "graph_runtime/device_lost.h"
 
 namespace pristine::host {
 
@@ -18,6 +19,7 @@ absl::Status Op::Run() const {
     case GraphNode::Kind::kKernel: {
       const int result = kernel->run();
       if (result == 0) return absl::OkStatus();
+      if (result == kKernelTrap) return DeviceLostError(absl::StrCat("kernel ", name, " trapped"));
       return absl::InternalError(absl::StrCat("kernel ", name, " returned ", result));
     }
     case GraphNode::Kind::kOther:

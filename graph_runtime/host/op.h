@@ -31,7 +31,7 @@ struct Op {
   std::shared_ptr<const KernelWork> kernel;  // kKernel
 
   bool foreign() const { return kernel != nullptr && kernel->foreign; }
-  absl::Status Run() const;  // INTERNAL: the kernel returned something else than 0
+  absl::Status Run() const;  // the device is lost: it trapped. INTERNAL: it returned something else than 0
 };
 
 Op MakeCopy(const char* name, void* to, const void* from, size_t bytes);

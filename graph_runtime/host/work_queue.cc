@@ -128,7 +128,7 @@ void WorkQueue::Work() {
 void WorkQueue::Execute(const Task& task) {
   // A mark of this very queue was reached already: tasks run in order.
   if (task.after.queue != nullptr && task.after.queue.get() != this) task.after.queue->Finish(task.after.position);
-  if (failed_) return;  // the work after a failure is skipped
+  if (failed_ || device_.lost()) return;  // the work after a failure is skipped
   absl::Status status;
   if (task.graph != nullptr) {
     for (size_t i = 0; i < task.graph->size(); ++i) {
@@ -140,6 +140,7 @@ void WorkQueue::Execute(const Task& task) {
     status = RunOp(task.op);
   }
   if (status.ok()) return;
+  if (IsDeviceLost(status)) device_.Lose(status);
   std::lock_guard lock(mutex_);
   status_ = std::move(status);
   failed_ = true;

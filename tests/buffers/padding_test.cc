@@ -264,7 +264,7 @@ TYPED_TEST(PaddingTest, PolicyTrapStopsTheStreamAndTheReportSurvives) {
   ASSERT_OK(this->Refill(this->buffer_, {1, 500}));
   if (this->device().backend() == Backend::kHost) {
     ASSERT_OK(this->runner_->Replay(*this->stream(), kBucket, {2, 2}));
-    EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "pristine_prologue");
+    EXPECT_STATUS(this->stream()->Synchronize(), kAborted, "pristine_prologue");
     this->ExpectInvariant(1, 100, 500);
     this->ExpectTrapRecorded();
     return;
@@ -274,7 +274,7 @@ TYPED_TEST(PaddingTest, PolicyTrapStopsTheStreamAndTheReportSurvives) {
   EXPECT_EXIT(
       {
         EXPECT_OK(this->runner_->Replay(*this->stream(), kBucket, {2, 2}));
-        EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "");
+        EXPECT_STATUS(this->stream()->Synchronize(), kAborted, "lost");
         EXPECT_FALSE(this->device().Allocate(64, "after the trap").ok()) << "the context is still alive";
         this->ExpectInvariant(1, 100, 500);
         this->ExpectTrapRecorded();

@@ -253,7 +253,7 @@ TYPED_TEST(SealedMemoryDeathTest, AKernelThatWritesSealedMemoryFaults) {
     EXPECT_EXIT(
         {
           const bool queued = Launch(*this->stream_, kSetValue, store).ok();
-          const bool faulted = absl::IsInternal(this->stream_->Synchronize());
+          const bool faulted = IsDeviceLost(this->stream_->Synchronize());
           const bool sticky = !this->device_->Allocate(4, "after the fault").ok();
           std::_Exit(queued && faulted && sticky ? 42 : 1);
         },
@@ -278,7 +278,7 @@ TYPED_TEST(SealedMemoryDeathTest, ACapturedKernelThatWritesSealedMemoryFaults) {
     EXPECT_EXIT(
         {
           const bool queued = exec->Launch(*this->stream_).ok();
-          std::_Exit(queued && absl::IsInternal(this->stream_->Synchronize()) ? 42 : 1);
+          std::_Exit(queued && IsDeviceLost(this->stream_->Synchronize()) ? 42 : 1);
         },
         ::testing::ExitedWithCode(42), "");
   }

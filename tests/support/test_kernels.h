@@ -49,6 +49,13 @@ struct FailParams {
 int FailHost(const FailParams& p);
 int FailCuda(CUstream_st* stream, const FailParams& p);
 
+// Host: returns kKernelTrap. CUDA: traps.
+struct TrapParams {
+  int unused;
+};
+int TrapHost(const TrapParams& p);
+int TrapCuda(CUstream_st* stream, const TrapParams& p);
+
 // Keeps the stream busy for about `nanoseconds`.
 struct DelayParams {
   int64_t nanoseconds;
@@ -74,6 +81,7 @@ inline constexpr Kernel<CopyIntsParams> kCopyInts{
     [](const CopyIntsParams& p, WriteList& writes) { writes.Add(p.to, p.count * sizeof(int)); }};
 inline constexpr Kernel<SpinParams> kSpin{"spin", SpinHost, PRISTINE_CUDA(SpinCuda), WritesNothing<SpinParams>};
 inline constexpr Kernel<FailParams> kFail{"fail", FailHost, PRISTINE_CUDA(FailCuda), WritesNothing<FailParams>};
+inline constexpr Kernel<TrapParams> kTrap{"trap", TrapHost, PRISTINE_CUDA(TrapCuda), WritesNothing<TrapParams>};
 inline constexpr Kernel<DelayParams> kDelay{"delay", DelayHost, PRISTINE_CUDA(DelayCuda), WritesNothing<DelayParams>};
 
 }  // namespace pristine::testing

@@ -40,6 +40,8 @@ __global__ void DelayKernel(DelayParams p) {
 
 __global__ void NothingKernel() {}
 
+__global__ void TrapKernel() { __trap(); }
+
 }  // namespace
 
 int AddOneCuda(CUstream_st* stream, const AddOneParams& p) {
@@ -68,6 +70,11 @@ int SpinCuda(CUstream_st* stream, const SpinParams& p) {
 
 int FailCuda(CUstream_st* stream, const FailParams&) {
   NothingKernel<<<1, 4096, 0, stream>>>();  // more threads than a block can have
+  return cudaGetLastError();
+}
+
+int TrapCuda(CUstream_st* stream, const TrapParams&) {
+  TrapKernel<<<1, 1, 0, stream>>>();
   return cudaGetLastError();
 }
 

@@ -33,6 +33,8 @@ int SpinHost(const SpinParams& p) {
 
 int FailHost(const FailParams&) { return 7; }
 
+int TrapHost(const TrapParams&) { return kKernelTrap; }
+
 int DelayHost(const DelayParams& p) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::nanoseconds(p.nanoseconds);
   while (std::chrono::steady_clock::now() < end) {

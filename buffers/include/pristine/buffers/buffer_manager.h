@@ -42,7 +42,7 @@ struct Buffer {
 enum class OnViolation {
   kNeutralise,  // record it, and make the replay harmless: lengths minimal, indptr flat, slots -1, pages the dummy page
   kRecord,      // record it and go on
-  kTrap,        // record it and stop the stream: CUDA traps (sticky for the context), Host fails the stream
+  kTrap,        // record it and trap: the device is lost, for good (IsDeviceLost in status.h)
 };
 
 struct ManagerOptions {
@@ -118,6 +118,11 @@ class BufferManager final : public GraphHook {
     static_assert(std::is_trivially_copyable_v<T>);
     return Typed<T>(AdoptBytes(spec, ElementOf<T>(), AsWritableBytes(live), live.size()));
   }
+  // Takes back the registration of buffer `first` and all after it: their names are free again, their addresses are not
+  // to be used. See RegistrationScope. FAILED_PRECONDITION: one of them is sealed. INVALID_ARGUMENT: not in
+  // [0, registered()].
+  absl::Status Unregister(int first);
+  int registered() const;  // buffers; the next one has this id
   // Watches memory that is not a buffer, such as a KV pool, for undeclared writes (Device::Watch). The memory must
   // outlive the manager. Does nothing on devices that do not enforce accesses.
   absl::Status Protect(const std::string& name, DeviceSpan<const std::byte> memory, size_t element_bytes);
@@ -314,6 +319,23 @@ class BufferManager final : public GraphHook {
   class Impl;
   explicit BufferManager(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
+};
+
+// What a wrapper that registers several buffers holds while it does: either all of them are registered or none.
+class RegistrationScope {
+ public:
+  explicit RegistrationScope(BufferManager& manager) : manager_(manager), first_(manager.registered()) {}
+  ~RegistrationScope() {
+    if (!kept_) manager_.Unregister(first_).IgnoreError();
+  }
+  RegistrationScope(const RegistrationScope&) = delete;
+  RegistrationScope& operator=(const RegistrationScope&) = delete;
+  void Keep() { kept_ = true; }
+
+ private:
+  BufferManager& manager_;
+  const int first_;
+  bool kept_ = false;
 };
 
 }  // namespace pristine

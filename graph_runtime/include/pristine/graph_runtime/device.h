@@ -21,12 +21,18 @@
 
 namespace pristine {
 
+namespace host {
+class WorkQueue;
+}
+
 class Event;
+class FaultInjector;
 class Graph;
 class GraphExec;
 class Stream;
 
 enum class Backend { kHost, kCuda };
+enum class Operation;  // fault_injector.h
 
 // A write that a node made without having declared it (Kernel::writes).
 struct UndeclaredWrite {
@@ -49,6 +55,25 @@ struct WatchedRegion {
   const void* address = nullptr;
   size_t bytes = 0;
   size_t element_bytes = 1;
+};
+
+// Asked for the last violation it recorded when the device is found lost, to be part of the final status.
+class Witness {
+ public:
+  virtual ~Witness() = default;
+  // "": none. Called on any thread; must not call the device, nor wait for anything that does.
+  virtual std::string LastViolation() = 0;
+};
+
+// What is alive of a device.
+struct LiveObjects {
+  size_t allocations = 0;  // of all three kinds
+  size_t bytes = 0;        // as asked for
+  size_t streams = 0;
+  size_t events = 0;
+  size_t graphs = 0;
+  size_t execs = 0;
+  friend bool operator==(const LiveObjects&, const LiveObjects&) = default;
 };
 
 // One GPU, or one Host device. Thread-safe. Must outlive all it creates. Calls set the CUDA current device they need
@@ -98,6 +123,17 @@ class Device {
   void Unwatch(int64_t id);
   bool enforces_accesses() const { return enforces_accesses_; }
 
+  // OK, or the final status of a device that was found lost (IsDeviceLost in status.h). Does not call the driver.
+  absl::Status status() {
+    return gated_.load(std::memory_order_acquire) ? LostStatus("Device::status") : absl::OkStatus();
+  }
+  // `witness` until RemoveWitness, which waits for a question under way.
+  void AddWitness(Witness* witness);
+  void RemoveWitness(Witness* witness);
+  // For tests: `injector`, which must outlive its use, is asked before each fallible operation; null: none.
+  void SetFaultInjector(FaultInjector* injector);
+  LiveObjects live() const;
+
   // Owned allocations of all three kinds that are alive; tests assert 0 at the end.
   size_t live_allocations() const { return live_allocations_.load(); }
   // Allocations made so far; a hot path asserts that it does not change.
@@ -125,7 +161,11 @@ class Device {
   friend class DeviceBuffer;
   friend class PinnedBuffer;
   friend class ProtectedBuffer;
+  friend class Event;
+  friend class Graph;
+  friend class GraphExec;
   friend class Stream;
+  friend class host::WorkQueue;  // loses the device on its worker thread
   friend absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream&, absl::FunctionRef<absl::Status(Stream&)>);
 
   virtual absl::StatusOr<void*> DoAllocate(size_t bytes, const char* name) = 0;
@@ -151,6 +191,32 @@ class Device {
   // FAILED_PRECONDITION: a stream of this device is capturing. Captures begun by the calling thread are then dead:
   // their body did what it must not.
   absl::Status RefuseWhileCapturing(const std::string& call);
+  // Asked by each public call right before its Do…: the final status of a lost device, or what the injector says. One
+  // load where there is neither.
+  absl::Status Admit(Operation operation, const char* what) {
+    return gated_.load(std::memory_order_relaxed) ? AdmitGated(operation, what) : absl::OkStatus();
+  }
+  absl::Status AdmitGated(Operation operation, const char* what);
+  // What `call` returns when its Do… gave `outcome`: the final status if that lost the device.
+  absl::Status Settle(const char* call, absl::Status outcome) {
+    return outcome.ok() ? outcome : SettleFailure(call, std::move(outcome));
+  }
+  template <class T>
+  absl::StatusOr<T> Settle(const char* call, absl::StatusOr<T> outcome) {
+    if (outcome.ok()) return outcome;
+    return SettleFailure(call, std::move(outcome).status());
+  }
+  absl::Status SettleFailure(const char* call, absl::Status outcome);
+  // Admit and Settle around a call that waits. A lost device is waited for too: the caller may then free memory.
+  absl::Status Wait(const char* call, absl::FunctionRef<absl::Status()> wait);
+  // From now on the device is lost. Any thread; the first cause stays. `cause` is a DeviceLostError.
+  void Lose(const absl::Status& cause);
+  bool lost() const { return lost_.load(std::memory_order_acquire); }
+  // The final status, made by the first `call` that asks; OK while the device is not lost.
+  absl::Status LostStatus(const char* call);
+  void CountAllocation(size_t bytes);
+  void UncountAllocation(size_t bytes);
+
   absl::Status CheckMayAllocate(size_t bytes, const char* name);
 
   const Backend backend_;
@@ -161,7 +227,19 @@ class Device {
   const bool enforces_accesses_;
   std::atomic<size_t> live_allocations_{0};
   std::atomic<size_t> total_allocations_{0};
+  std::atomic<size_t> live_bytes_{0};
+  std::atomic<size_t> live_streams_{0};
+  std::atomic<size_t> live_events_{0};
+  std::atomic<size_t> live_graphs_{0};
+  std::atomic<size_t> live_execs_{0};
   std::atomic<int> capturing_{0};
+  std::atomic<bool> gated_{false};  // an injector is set, or the device is lost
+  std::atomic<bool> lost_{false};
+  std::atomic<FaultInjector*> injector_{nullptr};
+  std::mutex lost_mutex_;
+  absl::Status cause_;               // guarded by lost_mutex_, as are the next two: what the backend said
+  absl::Status final_;               // what calls return
+  std::vector<Witness*> witnesses_;  // in the order added
   std::mutex captures_mutex_;
   std::vector<std::pair<Stream*, std::thread::id>> captures_;  // guarded by captures_mutex_
 };

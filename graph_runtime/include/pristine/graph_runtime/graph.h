@@ -35,7 +35,9 @@ struct GraphEdge {
 // Immutable; may be destroyed while an exec made from it runs.
 class Graph {
  public:
-  virtual ~Graph() = default;
+  virtual ~Graph() { --device_.live_graphs_; }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
   const std::vector<GraphNode>& nodes() const {
     return nodes_;
   }  // in the order recorded; foreign nodes last where unknown
@@ -43,13 +45,15 @@ class Graph {
   // Graphviz text: a box per node, foreign ones dashed, an arrow per edge.
   std::string ToDot(const std::string& title) const;
   // Blocks while the driver builds (milliseconds on CUDA). FAILED_PRECONDITION: the graph allocates memory.
-  absl::StatusOr<std::unique_ptr<GraphExec>> Instantiate() const { return DoInstantiate(); }
+  absl::StatusOr<std::unique_ptr<GraphExec>> Instantiate() const;
 
  protected:
+  explicit Graph(Device& device) : device_(device) { ++device_.live_graphs_; }
   void SetNodes(std::vector<GraphNode> nodes, std::vector<GraphEdge> edges);  // reduces and sorts `edges`
 
  private:
   virtual absl::StatusOr<std::unique_ptr<GraphExec>> DoInstantiate() const = 0;
+  Device& device_;
   std::vector<GraphNode> nodes_;
   std::vector<GraphEdge> edges_;
 };
@@ -71,7 +75,12 @@ struct KernelCall {
 // destroyed while a launch is in flight: it is then retired, and the launch completes.
 class GraphExec {
  public:
-  virtual ~GraphExec() = default;
+  virtual ~GraphExec() { --device_.live_execs_; }
+  GraphExec(const GraphExec&) = delete;
+  GraphExec& operator=(const GraphExec&) = delete;
+  // Queues what the first launch would otherwise do before it runs: on CUDA, the copy of the graph to the device. Does
+  // not block. The same codes as Launch.
+  absl::Status Upload(Stream& stream);
   // Queues one run: after earlier work of `stream`, before later work. Does not block or allocate.
   // FAILED_PRECONDITION: `stream` is capturing. INVALID_ARGUMENT: it belongs to another device.
   absl::Status Launch(Stream& stream);
@@ -82,7 +91,7 @@ class GraphExec {
   // the device is CUDA and the kernel has no cuda_launch.
   template <class Params>
   absl::Status SetKernelParams(int node, const Kernel<Params>& kernel, const Params& params) {
-    return DoSetKernelParams(node, CallOf(kernel, params));
+    return SetKernelParams(node, CallOf(kernel, params));
   }
   // The place of the one node that runs `kernel`, for SetKernelParams. In a graph that the engine captured (see
   // Device::AdoptExec) that node counts as ours from then on. NOT_FOUND: no node does. INVALID_ARGUMENT: several do.
@@ -92,7 +101,7 @@ class GraphExec {
   }
 
  protected:
-  explicit GraphExec(const Device& device) : device_(device) {}
+  explicit GraphExec(Device& device) : device_(device) { ++device_.live_execs_; }
   // The errors that are the same on every backend.
   static absl::Status CheckCall(int node, const std::vector<GraphNode>& nodes, const KernelCall& call);
   // The one node of ours with the kernel's name.
@@ -121,10 +130,13 @@ class GraphExec {
 
   friend class GraphRunner;  // which has asked already whether the stream is capturing
   absl::Status Launch(Stream& stream, bool capturing);
+  absl::Status CheckStream(const char* call, Stream& stream, bool capturing) const;
+  absl::Status SetKernelParams(int node, const KernelCall& call);
+  virtual absl::Status DoUpload(Stream& stream) = 0;
   virtual absl::Status DoLaunch(Stream& stream) = 0;
   virtual absl::Status DoSetKernelParams(int node, const KernelCall& call) = 0;
   virtual absl::StatusOr<int> DoFindKernel(const KernelCall& call) = 0;
-  const Device& device_;
+  Device& device_;
 };
 
 // Runs `body` once; what it queues on `stream`, and on streams that joined, is recorded and not executed. The stream is

@@ -29,6 +29,9 @@ class WriteList {
   std::vector<Range> ranges_;
 };
 
+// What a Host kernel returns where a CUDA kernel would execute __trap(): the device is lost (IsDeviceLost).
+inline constexpr int kKernelTrap = -0x7fffffff;
+
 // A CUDA launch as data, of a kernel that takes its Params by value as its one parameter.
 struct CudaLaunch {
   const void* function = nullptr;  // the __global__ function
@@ -44,7 +47,8 @@ struct Kernel {
 
   const char* name;  // static storage; the node's name in graphs and reports
   // Runs on the stream's worker thread. The oracle: plain, and shares nothing with `cuda` but Params.
-  // Returns 0, or any other number to fail the stream (INTERNAL, sticky).
+  // Returns 0; kKernelTrap to lose the device; any other number to fail the stream (INTERNAL, final for it), as a
+  // launch that CUDA refuses does.
   int (*host)(const Params&);
   // Arithmetic and one launch. Returns a cudaError_t; null in a build without CUDA.
   int (*cuda)(CUstream_st* stream, const Params&);

@@ -10,11 +10,13 @@
 //   UNIMPLEMENTED        no kernel variant for this configuration, or built without CUDA; the message lists what exists
 //   UNAVAILABLE          there is no such device
 //   INTERNAL             the driver or a kernel failed; final for that stream
+//   ABORTED              the device is lost (IsDeviceLost); final for the device, and all that was made from it
 //
 // Each message has the name, the value found, and what would have been accepted.
 #ifndef PRISTINE_GRAPH_RUNTIME_STATUS_H_
 #define PRISTINE_GRAPH_RUNTIME_STATUS_H_
 
+#include <string>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -22,6 +24,18 @@
 
 #define PRISTINE_STATUS_CONCAT_IMPL(a, b) a##b
 #define PRISTINE_STATUS_CONCAT(a, b) PRISTINE_STATUS_CONCAT_IMPL(a, b)
+
+namespace pristine {
+
+// Whether the device is lost: a kernel faulted or trapped, or the hardware failed. On CUDA the context is dead: every
+// call of the process that needs this GPU fails until a new process starts. Each later call on the device, and on what
+// was made from it, returns one and the same status, with the call that saw it first, the cause, and the last violation
+// that was recorded. What needs no device goes on: BufferManager::Poll, accessors, destructors.
+bool IsDeviceLost(const absl::Status& status);
+// The last violation recorded before the device was lost, one line for each manager that had one; "" if there was none.
+std::string LastViolation(const absl::Status& status);
+
+}  // namespace pristine
 
 // Returns from the calling function when `expression` is not OK.
 #define PRISTINE_RETURN_IF_ERROR(expression)                               \

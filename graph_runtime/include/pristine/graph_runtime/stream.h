@@ -29,16 +29,23 @@ class GraphExec;
 // A mark in a stream. Created by Device::CreateEvent; may be recorded again and again. Not thread-safe.
 class Event {
  public:
-  virtual ~Event() = default;
+  virtual ~Event() { --device_.live_events_; }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
   // Whether the last recorded mark has been reached; true if none was recorded. Does not block, on HostDeferred
   // does not start work either. FAILED_PRECONDITION: recorded in a capture.
   absl::StatusOr<bool> IsReached();
   // Blocks until the last recorded mark is reached. FAILED_PRECONDITION: recorded in a capture.
   absl::Status Synchronize();
 
+ protected:
+  explicit Event(Device& device) : device_(device) { ++device_.live_events_; }
+
  private:
   virtual absl::StatusOr<bool> DoIsReached() = 0;
   virtual absl::Status DoSynchronize() = 0;
+
+  Device& device_;
 };
 
 // A FIFO of asynchronous work. Every call but Synchronize returns when the work is queued (or, while capturing,
@@ -46,7 +53,7 @@ class Event {
 // later call. The destructor waits for queued work.
 class Stream {
  public:
-  virtual ~Stream() = default;
+  virtual ~Stream() { --device_.live_streams_; }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
@@ -88,7 +95,7 @@ class Stream {
   absl::Status EnqueueCudaKernel(const char* name, absl::FunctionRef<int(CUstream_st*)> launch);
 
  protected:
-  explicit Stream(Device& device) : device_(device) {}
+  explicit Stream(Device& device) : device_(device) { ++device_.live_streams_; }
   // Subclasses keep Device::capturing_streams right.
   void CountCapture(int delta) { device_.capturing_ += delta; }
 
@@ -100,6 +107,10 @@ class Stream {
   // FAILED_PRECONDITION while capturing, and the capture is dead.
   absl::Status RefuseWhileCapturing(const char* call);
   absl::Status Observe(const char* node);
+  // Device::Admit; a refusal while capturing kills the capture, as an error of the driver does.
+  absl::Status Admit(Operation operation, const char* what);
+  // Device::Settle, and Observe where it is well.
+  absl::Status Queued(const char* call, absl::Status outcome, const char* node);
 
   virtual bool DoCapturing() const = 0;
   virtual absl::StatusOr<bool> DoAtCaptureHead() = 0;
