@@ -73,6 +73,11 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
   }
   PRISTINE_ASSIGN_OR_RETURN(impl->flights, buffers::FlightLog::Create(device, options.flight_records));
   PRISTINE_ASSIGN_OR_RETURN(impl->replayed, device.CreateEvent());
+  impl->marked = impl->replayed.get();
+  impl->ends.resize(static_cast<size_t>(options.staging_slots));
+  for (Impl::End& end : impl->ends) {
+    PRISTINE_ASSIGN_OR_RETURN(end.event, device.CreateEvent());
+  }
 
   constexpr size_t kFirstBad = sizeof(buffers::Control) + buffers::kMaxChunks * sizeof(buffers::ChunkTable);
   std::vector<std::byte> initial(kFirstBad + buffers::kMaxBuffers * sizeof(int64_t));
@@ -99,6 +104,7 @@ BufferManager::~BufferManager() {
   if (impl_->device.Synchronize().ok()) return;
   // A stream is capturing: what this manager queued is waited for by itself.
   impl_->replayed->Synchronize().IgnoreError();
+  for (const Impl::End& end : impl_->ends) end.event->Synchronize().IgnoreError();
   if (impl_->ring != nullptr) impl_->ring->WaitAll();
 }
 

@@ -1,7 +1,9 @@
 // What happens each step: BeginStep, Refill, BeforeReplay, and the runner's hooks.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <iterator>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "buffers/manager_impl.h"
@@ -32,6 +34,12 @@ absl::Status BufferManager::BeginStep(const Extent& bucket, const Extent& extent
   }
   impl.TakeBackUnlaunchedStep();
   impl.step_open = false;
+  PRISTINE_ASSIGN_OR_RETURN(const bool room, impl.HasRoom());
+  if (!room) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "all ", impl.ends.size(), " staging slots are in flight: step ", impl.next_sequence - impl.ends.size(),
+        " has not begun, and the last that has is ", impl.reports->ReadBoard().consumed, "; see WaitForSlot"));
+  }
   PRISTINE_RETURN_IF_ERROR(impl.ring->Open(impl.next_sequence));
   ++impl.step;
   impl.step_open = true;
@@ -45,7 +53,29 @@ absl::Status BufferManager::WaitForSlot() {
   PRISTINE_RETURN_IF_ERROR(call.status());
   if (impl_->ring == nullptr) return absl::OkStatus();
   impl_->TakeBackUnlaunchedStep();
+  PRISTINE_RETURN_IF_ERROR(impl_->WaitForRoom());
   return impl_->ring->Wait(impl_->next_sequence);
+}
+
+// Whether one more step keeps to the depth: the step that came so many before it has begun; or has ended, if a graph
+// without the prologue was launched for it.
+absl::StatusOr<bool> BufferManager::Impl::HasRoom() {
+  if (next_sequence <= ends.size()) return true;
+  const uint64_t oldest = next_sequence - ends.size();
+  if (reports->ReadBoard().consumed >= oldest) return true;
+  const End& end = EndOf(oldest);
+  return end.sequence == oldest ? end.event->IsReached() : false;
+}
+
+absl::Status BufferManager::Impl::WaitForRoom() {
+  for (;;) {
+    PRISTINE_ASSIGN_OR_RETURN(const bool room, HasRoom());
+    if (room) return absl::OkStatus();
+    const End& end = EndOf(next_sequence - ends.size());
+    if (end.sequence != next_sequence - ends.size()) return device.Synchronize();  // its end could not be marked
+    if (device.deferred()) return end.event->Synchronize();
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  }
 }
 
 absl::Status BufferManager::RefillBytes(int buffer, size_t element_bytes, absl::Span<const std::byte> values,
@@ -168,12 +198,12 @@ void BufferManager::Impl::TakeBackUnlaunchedStep() {
 
 absl::Status BufferManager::Impl::CheckOrder(Stream& stream) {
   if (last_stream == nullptr || last_stream == stream.native() || stream.capturing()) return absl::OkStatus();
-  PRISTINE_ASSIGN_OR_RETURN(const bool reached, marked ? replayed->IsReached() : absl::StatusOr<bool>(false));
+  PRISTINE_ASSIGN_OR_RETURN(const bool reached, marked != nullptr ? marked->IsReached() : absl::StatusOr<bool>(false));
   const uint64_t consumed = reports->ReadBoard().consumed;
   if (reached && consumed + 1 >= next_sequence) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
       "step ", next_sequence - 1, " or a restore after it still runs on another stream (the last step that began is ",
-      consumed, marked ? "" : "; its end could not be marked: replay or restore there once more",
+      consumed, marked != nullptr ? "" : "; its end could not be marked: replay or restore there once more",
       "); one manager's replays follow each other, graphs that run at once need two managers"));
 }
 
@@ -250,10 +280,7 @@ absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, buf
                                           GraphExec* exec) {
   if (exec == nullptr || entry.node < 0) return ring->Send(stream, header);
   if (!entry.inlines) {
-    if (entry.carries) {
-      PRISTINE_RETURN_IF_ERROR(exec->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
-      entry.carries = false;
-    }
+    PRISTINE_RETURN_IF_ERROR(PutBack(entry, *exec));
     return ring->Send(stream, header);
   }
   size_t need = ring->PackedBytes(entry.refilled);
@@ -269,6 +296,10 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
   GraphEntry& entry = graphs[static_cast<size_t>(graph)];
   PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
   PRISTINE_RETURN_IF_ERROR(CheckStep(entry, entry.bucket, extent));
+  // Where the engine launches, it is seen here only that the step before has been queued.
+  if (const uint64_t before = next_sequence - 1; before > 0 && EndOf(before).sequence != before) {
+    PRISTINE_RETURN_IF_ERROR(MarkEnd(stream, before));
+  }
   PRISTINE_RETURN_IF_ERROR(StageDeltas(entry, extent));
   buffers::SlotHeader header;
   header.sequence = next_sequence;
@@ -331,17 +362,17 @@ absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* 
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<GraphExec> adopted, impl.device.AdoptExec(graph, exec));
   PRISTINE_ASSIGN_OR_RETURN(entry.node, adopted->FindKernel(buffers::kPrologue, *entry.recording));
   entry.params = std::make_unique<buffers::PrologueParams>(*entry.recording);
+  entry.carries = entry.inlines = false;
   if (impl.options.parameter_bytes > 0) {
     if (absl::Status tried = impl.TryInline(entry, *adopted); !tried.ok()) {
+      entry.inlines = false;
       entry.node = -1;
       return absl::InvalidArgumentError(
-          absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue: ",
+          absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue",
+                       entry.carries ? ", and holds none that work: instantiate it again: " : ": ",
                        std::string(tried.message().data(), tried.message().size())));
     }
-  } else {
-    entry.node = -1;
   }
-  entry.carries = false;
   entry.exec = adopted.get();
   entry.attached = std::move(adopted);
   return absl::OkStatus();
@@ -355,11 +386,9 @@ absl::Status BufferManager::DetachExec(const Extent& bucket) {
   if (entry.attached == nullptr) {
     return absl::NotFoundError(absl::StrCat("DetachExec: bucket ", bucket.ToString(), " has no exec attached"));
   }
-  if (entry.carries) {
-    PRISTINE_RETURN_IF_ERROR(entry.attached->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
-  }
-  entry.carries = false;
+  PRISTINE_RETURN_IF_ERROR(Impl::PutBack(entry, *entry.attached));
   entry.exec = nullptr;
+  entry.inlines = false;
   entry.node = -1;
   entry.attached = nullptr;
   return absl::OkStatus();
@@ -383,13 +412,21 @@ absl::Status BufferManager::Impl::Run(Stream& stream, const buffers::ProloguePar
   PRISTINE_RETURN_IF_ERROR(Launch(stream, buffers::kPrologue, params));
   if (stream.capturing()) return absl::OkStatus();
   last_stream = stream.native();
-  return Mark(stream);
+  return Mark(stream, *replayed);
 }
 
-absl::Status BufferManager::Impl::Mark(Stream& stream) {
-  absl::Status status = stream.Record(*replayed);
-  marked = status.ok();
+absl::Status BufferManager::Impl::Mark(Stream& stream, Event& event) {
+  absl::Status status = stream.Record(event);
+  marked = status.ok() ? &event : nullptr;
   return status;
+}
+
+absl::Status BufferManager::Impl::MarkEnd(Stream& stream, uint64_t sequence) {
+  End& end = EndOf(sequence);
+  end.sequence = 0;
+  PRISTINE_RETURN_IF_ERROR(Mark(stream, *end.event));
+  end.sequence = sequence;
+  return absl::OkStatus();
 }
 
 // Gives the node each size of parameters once: the first use of a kernel loads it, which must not happen in a replay.
@@ -408,8 +445,16 @@ absl::Status BufferManager::Impl::TryInline(GraphEntry& entry, GraphExec& exec) 
   };
   std::apply([&](auto&... params) { (set(params), ...); }, inline_params.all);
   entry.inlines = refused.ok();
-  if (entry.carries && exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params).ok()) entry.carries = false;
+  PutBack(entry, exec).IgnoreError();
   return refused;
+}
+
+// So that the graph takes its steps from slots.
+absl::Status BufferManager::Impl::PutBack(GraphEntry& entry, GraphExec& exec) {
+  if (!entry.carries) return absl::OkStatus();
+  PRISTINE_RETURN_IF_ERROR(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+  entry.carries = false;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket) {
@@ -508,6 +553,11 @@ absl::Status BufferManager::BeforeReplay(Stream& stream, const RunInfo& info) {
   PRISTINE_RETURN_IF_ERROR(call.status());
   impl_->TakeBackUnlaunchedStep();
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf(info.graph, info.bucket));
+  if (impl_->graphs[static_cast<size_t>(graph)].exec != info.exec) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("replay of ", info.graph, " ", info.bucket.ToString(),
+                     ": another runner of that name captured the bucket later; on one manager, names differ"));
+  }
   PRISTINE_RETURN_IF_ERROR(impl_->Arm(stream, graph, info.extent, info.exec));
   impl_->awaiting_launch = true;
   return absl::OkStatus();
@@ -522,7 +572,7 @@ void BufferManager::AfterReplay(Stream& stream, const RunInfo&, const absl::Stat
     impl_->TakeBackUnlaunchedStep();
     return;
   }
-  impl_->Mark(stream).IgnoreError();  // a stream that failed says so at the next call
+  impl_->MarkEnd(stream, impl_->next_sequence - 1).IgnoreError();  // a stream that failed says so at the next call
 }
 
 }  // namespace pristine

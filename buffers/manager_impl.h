@@ -185,6 +185,7 @@ class BufferManager::Impl final : public Witness {
   absl::Status LaunchPrologue(Stream& stream, int graph);
   buffers::PrologueParams ReplayPrologue(const buffers::GraphEntry& entry, int graph) const;
   absl::Status TryInline(buffers::GraphEntry& entry, GraphExec& exec);
+  static absl::Status PutBack(buffers::GraphEntry& entry, GraphExec& exec);
   // `compare`: constants that differ from their originals are reported before they are put back.
   absl::Status RestoreAll(Stream& stream, const Extent& bucket, bool restored_too, bool compare);
   // Launches or records a prologue. A launched one counts as the manager's last work, as a replay does.
@@ -223,7 +224,10 @@ class BufferManager::Impl final : public Witness {
   Violation ToViolation(const ReportRecord& record) const;
   void SetGraph(Violation& violation, int32_t graph) const;
   // Marks the end of the manager's last work.
-  absl::Status Mark(Stream& stream);
+  absl::Status Mark(Stream& stream, Event& event);
+  absl::Status MarkEnd(Stream& stream, uint64_t sequence);
+  absl::StatusOr<bool> HasRoom();
+  absl::Status WaitForRoom();
   ReportRing Ring(int graph) const;
 
   // Copies constants, with `refilled_too` kRefilled buffers, and guard bands back. Blocks.
@@ -280,8 +284,14 @@ class BufferManager::Impl final : public Witness {
   int64_t runs = 0;
   int64_t replays = 0;
   const void* last_stream = nullptr;  // native, of the last replay or eager prologue
-  bool marked = true;                 // `replayed` is its end; false: the mark was refused
-  std::unique_ptr<Event> replayed;    // end of the last replay that a runner launched, or of a later eager prologue
+  Event* marked = nullptr;            // its end; null: the mark was refused
+  std::unique_ptr<Event> replayed;    // end of an eager prologue
+  struct End {
+    std::unique_ptr<Event> event;
+    uint64_t sequence = 0;  // the step whose replay it is the end of; 0: none
+  };
+  End& EndOf(uint64_t sequence) { return ends[sequence % ends.size()]; }
+  std::vector<End> ends;  // of the last staging_slots steps
 };
 
 }  // namespace pristine

@@ -24,7 +24,7 @@ class HostDevice final : public Device {
  public:
   explicit HostDevice(const HostOptions& options)
       : Device(Backend::kHost, MakeTraits(options)),
-        deferred_(options.run == HostOptions::Run::kDeferred),
+        deferred()(options.run == HostOptions::Run::kDeferred),
         protect_(options.protect),
         heap_(options.memory, watch_alignment()),
         guard_(options.enforce_accesses ? std::make_unique<host::AccessGuard>() : nullptr) {}
@@ -36,6 +36,7 @@ class HostDevice final : public Device {
     traits.multiprocessors = 8;
     traits.watch_alignment = options.enforce_accesses ? host::kPage : 256;
     traits.enforces_accesses = options.enforce_accesses;
+    traits.deferred = options.run == HostOptions::Run::kDeferred;
     return traits;
   }
 
@@ -84,7 +85,7 @@ class HostDevice final : public Device {
   }
 
   absl::StatusOr<std::unique_ptr<Stream>> DoCreateStream() override {
-    auto stream = std::make_unique<host::HostStream>(*this, sealed_, deferred_, guard_.get());
+    auto stream = std::make_unique<host::HostStream>(*this, sealed_, deferred(), guard_.get());
     std::lock_guard lock(mutex_);
     queues_.erase(std::remove_if(queues_.begin(), queues_.end(), [](const auto& queue) { return queue.expired(); }),
                   queues_.end());
@@ -127,7 +128,6 @@ class HostDevice final : public Device {
     return alive;
   }
 
-  const bool deferred_;
   const bool protect_;
   host::GuardedHeap heap_;
   host::SealedRanges sealed_;

@@ -36,23 +36,46 @@ inline absl::Status EngineBeginCapture(Stream& stream) {
   return host::BeginCapture(stream.native());
 }
 
+// What the engine may hand over of a graph that it captured (BufferManager::AttachExec).
+struct EngineHandles {
+  void* graph = nullptr;
+  void* exec = nullptr;
+  std::shared_ptr<void> owner;  // of `graph`
+};
+
 // What launches the captured graph, and owns it.
-inline absl::StatusOr<EngineLaunch> EngineEndCapture(Stream& stream) {
+inline absl::StatusOr<EngineLaunch> EngineEndCapture(Stream& stream, EngineHandles* handles = nullptr) {
 #ifdef PRISTINE_HAS_CUDA
   if (stream.device().backend() == Backend::kCuda) {
     cudaGraph_t graph = nullptr;
     PRISTINE_RETURN_IF_ERROR(CudaStatus(cudaStreamEndCapture(NativeOf(stream), &graph)));
     cudaGraphExec_t exec = nullptr;
     const cudaError_t error = cudaGraphInstantiate(&exec, graph, 0);
-    cudaGraphDestroy(graph);
+    std::shared_ptr<void> graph_owner(graph, [](void* dead) { cudaGraphDestroy(static_cast<cudaGraph_t>(dead)); });
     PRISTINE_RETURN_IF_ERROR(CudaStatus(error));
+    if (handles != nullptr) *handles = {graph, exec, std::move(graph_owner)};
     const std::shared_ptr<CUgraphExec_st> owner(exec, [](cudaGraphExec_t dead) { cudaGraphExecDestroy(dead); });
     return EngineLaunch([owner](Stream& on) { return CudaStatus(cudaGraphLaunch(owner.get(), NativeOf(on))); });
   }
 #endif
-  PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Graph> graph, host::EndCapture(stream.native()));
+  PRISTINE_ASSIGN_OR_RETURN(const std::shared_ptr<Graph> graph, host::EndCapture(stream.native()));
   PRISTINE_ASSIGN_OR_RETURN(std::shared_ptr<GraphExec> exec, graph->Instantiate());
+  if (handles != nullptr) *handles = {graph.get(), exec.get(), graph};
   return EngineLaunch([exec](Stream& on) { return exec->Launch(on); });
+}
+
+// Updates the exec from its own graph: each node is then as it was captured. On Host an exec cannot be updated.
+inline absl::Status EngineUpdateExec(const Device& device, const EngineHandles& handles) {
+#ifdef PRISTINE_HAS_CUDA
+  if (device.backend() == Backend::kCuda) {
+    cudaGraphExecUpdateResultInfo result = {};
+    return CudaStatus(cudaGraphExecUpdate(static_cast<cudaGraphExec_t>(handles.exec),
+                                          static_cast<cudaGraph_t>(handles.graph), &result));
+  }
+#endif
+  static_cast<void>(device);
+  static_cast<void>(handles);
+  return absl::OkStatus();
 }
 
 // Sets the four bytes at `address` to `byte` each, on the native stream.

@@ -20,8 +20,9 @@ template <class BackendT>
 class FlightRecorderTest : public BufferTest<BackendT> {
  protected:
   // A length per request, two indptrs and a constant, captured for both buckets.
-  void Make(ManagerOptions options = {}) {
-    options.check = ManagerOptions::Check::kAlways;
+  void Make(const ManagerOptions& options = {}) {
+    this->runner_.reset();
+    indptrs_.clear();
     this->MakeManager(options);
     BufferSpec lengths = Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests());
     lengths.limit = 100;
@@ -53,6 +54,16 @@ class FlightRecorderTest : public BufferTest<BackendT> {
     std::vector<FlightRecord> records(most);
     records.resize(this->manager().FlightRecords(absl::MakeSpan(records)));
     return records;
+  }
+  // A step's values in the parameters of the prologue and in a slot, each judged by its block and by the last one.
+  static std::vector<ManagerOptions> Ways() {
+    std::vector<ManagerOptions> ways;
+    for (const size_t parameter_bytes : {size_t{0}, ManagerOptions::kMaxParameterBytes}) {
+      for (const auto check : {ManagerOptions::Check::kOff, ManagerOptions::Check::kAlways}) {
+        ways.push_back({.check = check, .parameter_bytes = parameter_bytes});
+      }
+    }
+    return ways;
   }
   void ExpectLast(Status status, std::optional<Violation::Kind> violation) {
     const std::vector<FlightRecord> records = Records();
@@ -125,17 +136,26 @@ TYPED_TEST(FlightRecorderTest, StepsInFlightLeaveARecordEach) {
 }
 
 TYPED_TEST(FlightRecorderTest, ARefusedStepIsRecordedAsNeutralisedWithWhatWasWrong) {
-  this->Make();
-  this->RunStep(kSmall, 2, 500);
-  this->ExpectLast(Status::kNeutralised, Violation::Kind::kInvariant);
-  const FlightRecord refused = this->Records().back();
-  EXPECT_EQ(refused.extent, (Extent{2, 2})) << "what the step asked for, not what was run";
-  EXPECT_EQ(refused.indptr_tails[1].value, 20);
-  const std::vector<Violation> found = this->Poll();
-  ASSERT_EQ(found.size(), 1u) << Describe(found);
-  EXPECT_EQ(found[0].replay, refused.replay) << "how a violation finds its record";
-  this->RunStep(kSmall, 2);
-  this->ExpectLast(Status::kClean, std::nullopt);
+  for (const ManagerOptions& options : this->Ways()) {
+    SCOPED_TRACE(
+        absl::StrCat(options.parameter_bytes, " bytes in parameters, check ", static_cast<int>(options.check)));
+    this->Make(options);
+    this->RunStep(kSmall, 1);
+    this->ExpectLast(Status::kClean, std::nullopt);
+    this->RunStep(kSmall, 2, 500);
+    this->ExpectLast(Status::kNeutralised, Violation::Kind::kInvariant);
+    const FlightRecord refused = this->Records().back();
+    EXPECT_EQ(refused.sequence, 2);
+    EXPECT_EQ(refused.extent, (Extent{2, 2})) << "what the step asked for, not what was run";
+    EXPECT_EQ(refused.indptr_tails[1].value, 20);
+    const std::vector<Violation> found = this->Poll();
+    ASSERT_EQ(found.size(), 1u) << Describe(found);
+    EXPECT_EQ(found[0].replay, refused.replay) << "how a violation finds its record";
+    this->RunStep(kLarge, 2);
+    this->ExpectLast(Status::kClean, std::nullopt);
+    EXPECT_EQ(this->Records().back().sequence, 3);
+    EXPECT_EQ(this->Records().size(), 3u) << "one each";
+  }
 }
 
 TYPED_TEST(FlightRecorderTest, ADecreasingIndptrIsRecordedWithItsTail) {
@@ -148,7 +168,7 @@ TYPED_TEST(FlightRecorderTest, ADecreasingIndptrIsRecordedWithItsTail) {
 }
 
 TYPED_TEST(FlightRecorderTest, AHealedConstantIsRecordedAndABrokenRuleOutranksIt) {
-  this->Make();
+  this->Make({.check = ManagerOptions::Check::kAlways});
   this->Overwrite(AsWritableBytes(this->constant_.live).address(), std::byte{99});
   this->RunStep(kSmall, 1);
   this->ExpectLast(Status::kHealed, Violation::Kind::kPolluted);
@@ -204,7 +224,7 @@ TYPED_TEST(FlightRecorderTest, TheRecordOfAStreamThatWasStoppedIsThere) {
   this->RunStep(kSmall, 1);
   this->Open(kSmall, 2, 500);
   ASSERT_OK(this->runner_->Replay(*this->stream(), kSmall, {2, 2}));
-  EXPECT_STATUS(this->stream()->Synchronize(), kInternal, "pristine_prologue");
+  EXPECT_STATUS(this->stream()->Synchronize(), kAborted, "pristine_prologue trapped");
   this->ExpectLast(Status::kTrapped, Violation::Kind::kInvariant);
   EXPECT_EQ(this->Records().size(), 2u);
 }

@@ -122,6 +122,8 @@ class Device {
   absl::StatusOr<int64_t> Watch(const WatchedRegion& region, Watcher* watcher);
   void Unwatch(int64_t id);
   bool enforces_accesses() const { return enforces_accesses_; }
+  // Whether queued work runs only when something synchronizes (HostOptions::Run::kDeferred).
+  bool deferred() const { return deferred_; }
 
   // OK, or the final status of a device that was found lost (IsDeviceLost in status.h). Does not call the driver.
   absl::Status status() {
@@ -148,6 +150,7 @@ class Device {
     int capability = 0;
     size_t watch_alignment = 256;
     bool enforces_accesses = false;
+    bool deferred = false;
   };
   Device(Backend backend, Traits traits)
       : backend_(backend),
@@ -155,7 +158,8 @@ class Device {
         multiprocessors_(traits.multiprocessors),
         capability_(traits.capability),
         watch_alignment_(traits.watch_alignment),
-        enforces_accesses_(traits.enforces_accesses) {}
+        enforces_accesses_(traits.enforces_accesses),
+        deferred_(traits.deferred) {}
 
  private:
   friend class DeviceBuffer;
@@ -225,6 +229,7 @@ class Device {
   const int capability_;
   const size_t watch_alignment_;
   const bool enforces_accesses_;
+  const bool deferred_;
   std::atomic<size_t> live_allocations_{0};
   std::atomic<size_t> total_allocations_{0};
   std::atomic<size_t> live_bytes_{0};
