@@ -3,9 +3,9 @@
 #ifndef PRISTINE_TESTS_RECOVERY_LIFE_H_
 #define PRISTINE_TESTS_RECOVERY_LIFE_H_
 
-#include <algorithm>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
