@@ -24,7 +24,6 @@ class HostDevice final : public Device {
  public:
   explicit HostDevice(const HostOptions& options)
       : Device(Backend::kHost, MakeTraits(options)),
-        deferred()(options.run == HostOptions::Run::kDeferred),
         protect_(options.protect),
         heap_(options.memory, watch_alignment()),
         guard_(options.enforce_accesses ? std::make_unique<host::AccessGuard>() : nullptr) {}
