@@ -114,13 +114,18 @@ void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {
 absl::Status StagingRing::Send(Stream& stream, const SlotHeader& header) { return Copy(stream, header); }
 
 absl::Status StagingRing::SendAhead(Stream& stream, uint64_t begun, SlotHeader& header) {
-  const bool beside = begun + slots() > sequence_;
+  bool beside = begun + slots() > sequence_;
   SlotHeader none;  // a prologue that looks for the newest slot, of a step that is queued already, must not take it
   PRISTINE_RETURN_IF_ERROR(Copy(beside ? *copies_ : stream, none));
+  Copied& copied = CopiedOf(sequence_);
+  if (beside && !copied.marked) {  // nothing can wait for that copy: once more where the replay comes after it
+    PRISTINE_RETURN_IF_ERROR(Copy(stream, none));
+    copied.marked = beside = false;
+  }
   header.entries = static_cast<uint16_t>(blank_.size());
   header.values = static_cast<uint32_t>(head_);
   header.slot = static_cast<int32_t>(sequence_ % slots());
-  return beside ? stream.Wait(*CopiedOf(sequence_).event) : absl::OkStatus();
+  return beside ? stream.Wait(*copied.event) : absl::OkStatus();
 }
 
 absl::Status StagingRing::Copy(Stream& stream, SlotHeader header) {

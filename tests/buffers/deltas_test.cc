@@ -603,7 +603,7 @@ TYPED_TEST(DeltasTest, UpdatesOfALargeTableInFlightEachTakeTheirOwn) {
   constexpr int32_t kColumns = 128, kRows = 256;
   constexpr Extent kBatch{kRows, kRows};
   ManagerOptions options;
-  options.staging_slots = 32;
+  options.staging_slots = 32;  // more than are in flight below
   this->MakeManager(options);
   this->table_ = this->Register(this->TableSpec(kColumns), Ints(kColumns * kRows, 50));
   const DeviceSpan<int32_t> log = this->EngineMemory(Ints(20, -1));

@@ -134,13 +134,19 @@ TYPED_TEST(StagingTest, EachStepInFlightTakesItsOwnValues) {
   }
 }
 
-TYPED_TEST(StagingTest, StepsInParametersNeedNoSlot) {
-  this->MakeSteps(2, ManagerOptions::kMaxParameterBytes);
+TYPED_TEST(StagingTest, TheDepthBoundsStepsInParametersToo) {
+  this->MakeSteps(5, ManagerOptions::kMaxParameterBytes);
   this->Block();
-  for (int step = 0; step < 20; ++step) ASSERT_OK(this->QueueStep(step));
+  int step = 0;
+  for (; step < 5; ++step) ASSERT_OK(this->QueueStep(step));
+  EXPECT_EQ(this->QueueStep(step).code(), absl::StatusCode::kResourceExhausted);
   this->Release();
+  for (; step < 20; ++step) {
+    ASSERT_OK(this->manager().WaitForSlot());
+    ASSERT_OK(this->QueueStep(step));
+  }
   const Ints log = this->Read(this->log_);
-  for (int step = 0; step < 20; ++step) EXPECT_EQ(log[step], step);
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(log[i], i);
   EXPECT_EQ(Describe(this->Poll()), "");
 }
 
