@@ -65,16 +65,18 @@ absl::StatusOr<std::unique_ptr<BufferManager>> BufferManager::Create(Device& dev
   PRISTINE_ASSIGN_OR_RETURN(impl->reports, buffers::Reports::Create(device));
   PRISTINE_ASSIGN_OR_RETURN(impl->replayed, device.CreateEvent());
 
-  std::vector<std::byte> initial(sizeof(buffers::Control) + buffers::kMaxBuffers * sizeof(int64_t));
+  constexpr size_t kFirstBad = sizeof(buffers::Control) + buffers::kMaxChunks * sizeof(buffers::ChunkTable);
+  std::vector<std::byte> initial(kFirstBad + buffers::kMaxBuffers * sizeof(int64_t));
   const buffers::Control control;
   std::memcpy(initial.data(), &control, sizeof(control));
   for (int i = 0; i < buffers::kMaxBuffers; ++i) {
-    std::memcpy(&initial[sizeof(control) + i * sizeof(int64_t)], &buffers::kNoIndex, sizeof(int64_t));
+    std::memcpy(&initial[kFirstBad + static_cast<size_t>(i) * sizeof(int64_t)], &buffers::kNoIndex, sizeof(int64_t));
   }
   PRISTINE_ASSIGN_OR_RETURN(impl->control_memory, device.Allocate(initial.size(), "prologue control"));
   std::byte* const address = impl->control_memory.As<std::byte>().address();
   impl->control = reinterpret_cast<buffers::Control*>(address);
-  impl->first_bad = reinterpret_cast<int64_t*>(address + sizeof(control));
+  impl->chunk_tables = reinterpret_cast<buffers::ChunkTable*>(address + sizeof(control));
+  impl->first_bad = reinterpret_cast<int64_t*>(address + kFirstBad);
   PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
   PRISTINE_RETURN_IF_ERROR(stream->CopyFromHost(impl->control_memory.As<std::byte>(), initial));
   PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
@@ -274,6 +276,11 @@ absl::Status BufferManager::Impl::Seal() {
     }
     if (written) chunk.table.busy_tiles = chunk.table.tiles;
   }
+  for (size_t i = 0; i < count; ++i) {
+    if (buffers[first + i]->record.refilled < 0) continue;
+    ring->Describe(buffers[first + i]->record);
+    chunk.refilled.push_back(buffers[first + i].get());
+  }
   PRISTINE_RETURN_IF_ERROR(chunk.originals.Write(0, contents));
   PRISTINE_RETURN_IF_ERROR(chunk.originals.Seal());
 
@@ -282,11 +289,18 @@ absl::Status BufferManager::Impl::Seal() {
   PRISTINE_RETURN_IF_ERROR(constants.Close(*stream));
   PRISTINE_RETURN_IF_ERROR(writable.Close(*stream));
   buffers::PrologueParams params = Prologue(buffers::PrologueMode::kRestoreAll, {-1, -1}, 0, -1);
-  params.chunks[0] = chunk.table;
+  params.first = chunk.table;
   params.num_chunks = 1;
   params.tiles = chunk.table.tiles;
   PRISTINE_RETURN_IF_ERROR(Launch(*stream, buffers::kPrologue, params));
   PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
+  if (!chunks.empty()) {
+    const auto table = reinterpret_cast<const std::byte*>(&chunk.table);
+    const DeviceSpan<std::byte> place = {reinterpret_cast<std::byte*>(&chunk_tables[chunks.size() - 1]),
+                                         sizeof(chunk.table)};
+    PRISTINE_RETURN_IF_ERROR(stream->CopyFromHost(place, {table, sizeof(chunk.table)}));
+    PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
+  }
   chunks.push_back(std::move(chunk));
   sealed_buffers = static_cast<int>(buffers.size());
   return absl::OkStatus();
@@ -296,15 +310,17 @@ buffers::PrologueParams BufferManager::Impl::Prologue(buffers::PrologueMode mode
                                                       int covered_chunks, int graph) const {
   buffers::PrologueParams params;
   for (int i = 0; i < covered_chunks; ++i) {
-    params.chunks[i] = chunks[static_cast<size_t>(i)].table;
-    params.tiles += params.chunks[i].tiles;
-    params.busy_tiles += params.chunks[i].busy_tiles;
-    for (int b = 0; b < params.chunks[i].count; ++b) {
+    const buffers::ChunkTable& table = chunks[static_cast<size_t>(i)].table;
+    if (i == 0) params.first = table;
+    params.tiles += table.tiles;
+    params.busy_tiles += table.busy_tiles;
+    for (int b = 0; b < table.count; ++b) {
       const BufferState& buffer = *buffers[static_cast<size_t>(chunks[static_cast<size_t>(i)].first + b)];
       const bool used = bucket.requests < 0 || buffers::UsedBy(buffer.spec, bucket);
       if (used && buffer.spec.role == Role::kRestored) params.restored_bytes += static_cast<int64_t>(buffer.bytes);
     }
   }
+  params.more = chunk_tables;
   params.num_chunks = covered_chunks;
   params.mode = mode;
   params.poison_scratch = options.poison_scratch;

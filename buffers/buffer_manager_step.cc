@@ -11,7 +11,6 @@
 namespace pristine {
 
 using buffers::BufferState;
-using buffers::Chunk;
 using buffers::GraphEntry;
 using buffers::PrologueMode;
 
@@ -166,10 +165,9 @@ absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Exten
                      step, " is for bucket ", step_bucket.ToString(), " with extent ", step_extent.ToString()));
   }
   for (int c = 0; c < entry.chunks; ++c) {
-    const Chunk& chunk = chunks[static_cast<size_t>(c)];
-    for (int i = 0; i < chunk.table.count; ++i) {
-      const BufferState& buffer = *buffers[static_cast<size_t>(chunk.first + i)];
-      if (buffer.spec.role != Role::kRefilled || !buffers::UsedBy(buffer.spec, bucket)) continue;
+    for (const BufferState* const refilled : chunks[static_cast<size_t>(c)].refilled) {
+      const BufferState& buffer = *refilled;
+      if (!buffers::UsedBy(buffer.spec, bucket)) continue;
       if (buffer.step != step) {
         return absl::FailedPreconditionError(absl::StrCat("buffer ", buffer.spec.name, " was last refilled in step ",
                                                           buffer.step, " (generation ", buffer.generation,
@@ -188,42 +186,38 @@ absl::Status BufferManager::Impl::CheckStep(const GraphEntry& entry, const Exten
   return absl::OkStatus();
 }
 
-template <int kBytes>
-absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec) {
-  auto& params = std::get<buffers::InlinePrologueParams<kBytes>>(inline_params);
+template <int kPlace>
+absl::Status BufferManager::Impl::SetInline(GraphEntry& entry, const buffers::SlotHeader& header, size_t need,
+                                            GraphExec& exec) {
+  constexpr int kBytes = buffers::kInlineBytes[kPlace];
+  if constexpr (kPlace + 1 < buffers::kInlineSizes) {
+    if (need > kBytes) return SetInline<kPlace + 1>(entry, header, need, exec);
+  }
+  auto& params = std::get<kPlace>(inline_params.all);
   params.base = *entry.params;
-  ring->Pack(header, refilled_buffers, params.step);
+  if (header.slot < 0) {
+    ring->Pack(header, refilled_buffers, params.step);
+  } else {
+    std::memcpy(params.step, &header, sizeof(header));
+  }
   entry.carries = true;  // also if it fails: what the node holds is unknown then
   return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
 }
 
-absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, const buffers::SlotHeader& header,
+// Sets all the parameters at each step: whatever an update of the exec has made of them since does not matter.
+absl::Status BufferManager::Impl::Deliver(Stream& stream, GraphEntry& entry, buffers::SlotHeader header,
                                           GraphExec* exec) {
   if (exec == nullptr || entry.node < 0) return ring->Send(stream, header);
-  if (entry.exec != exec) {  // of another runner with the same name
-    entry.exec = exec;
-    entry.carries = true;
+  const size_t need = ring->PackedBytes(refilled_buffers);
+  if (ring->value_bytes() <= options.parameter_bytes && need <= buffers::kInlineBytes[buffers::kInlineSizes - 1]) {
+    return SetInline(entry, header, need, *exec);
   }
-  if (ring->value_bytes() <= options.parameter_bytes) {
-    constexpr auto& kBytes = buffers::kInlineBytes;
-    const size_t need = ring->PackedBytes(refilled_buffers);
-    if (need <= kBytes[0]) return SetInline<kBytes[0]>(entry, header, *exec);
-    if (need <= kBytes[1]) return SetInline<kBytes[1]>(entry, header, *exec);
-    if (need <= kBytes[2]) return SetInline<kBytes[2]>(entry, header, *exec);
-    if (need <= kBytes[3]) return SetInline<kBytes[3]>(entry, header, *exec);
-  }
-  if (entry.carries) {
-    PRISTINE_RETURN_IF_ERROR(exec->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
-    entry.carries = false;
-  }
-  return ring->Send(stream, header);
+  PRISTINE_RETURN_IF_ERROR(ring->SendAhead(stream, reports->ReadBoard().consumed, header));
+  return SetInline(entry, header, sizeof(header), *exec);
 }
 
 absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec) {
   GraphEntry& entry = graphs[static_cast<size_t>(graph)];
-  if (stream.capturing()) {
-    return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
-  }
   PRISTINE_RETURN_IF_ERROR(CheckOrder(stream));
   PRISTINE_RETURN_IF_ERROR(CheckStep(entry, entry.bucket, extent));
   buffers::SlotHeader header;
@@ -246,11 +240,62 @@ absl::Status BufferManager::Impl::Arm(Stream& stream, int graph, const Extent& e
 absl::Status BufferManager::BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent) {
   const Impl::Call call(*impl_);
   if (!call.entered()) return SecondThread();
+  if (stream.capturing()) return absl::FailedPreconditionError("BeforeReplay on a stream that is capturing");
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl_->EntryOf("", bucket));
   GraphEntry& entry = impl_->graphs[static_cast<size_t>(graph)];
   // Nothing recorded: it arms an eager RecordPrologue, which covers all.
   if (entry.chunks == 0) entry.chunks = static_cast<int>(impl_->chunks.size());
-  return impl_->Arm(stream, graph, extent, nullptr);
+  return impl_->Arm(stream, graph, extent, entry.attached.get());
+}
+
+absl::Status BufferManager::AttachExec(const Extent& bucket, void* graph, void* exec) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  Impl& impl = *impl_;
+  PRISTINE_ASSIGN_OR_RETURN(const int id, impl.EntryOf("", bucket));
+  GraphEntry& entry = impl.graphs[static_cast<size_t>(id)];
+  if (entry.attached != nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("AttachExec: bucket ", bucket.ToString(), " has an exec attached; DetachExec comes first"));
+  }
+  if (entry.recording == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("AttachExec: no capture recorded the prologue of bucket ", bucket.ToString()));
+  }
+  PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<GraphExec> adopted, impl.device.AdoptExec(graph, exec));
+  PRISTINE_ASSIGN_OR_RETURN(entry.node, adopted->FindKernel(buffers::kPrologue, *entry.recording));
+  entry.params = std::make_unique<buffers::PrologueParams>(*entry.recording);
+  if (impl.options.parameter_bytes > 0) {
+    if (absl::Status tried = impl.TryInline(entry, *adopted); !tried.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("AttachExec: the exec takes no parameters for the graph's prologue: ",
+                       std::string(tried.message().data(), tried.message().size())));
+    }
+  } else {
+    entry.node = -1;
+  }
+  entry.carries = false;
+  entry.exec = adopted.get();
+  entry.attached = std::move(adopted);
+  return absl::OkStatus();
+}
+
+absl::Status BufferManager::DetachExec(const Extent& bucket) {
+  const Impl::Call call(*impl_);
+  if (!call.entered()) return SecondThread();
+  PRISTINE_ASSIGN_OR_RETURN(const int id, impl_->EntryOf("", bucket));
+  GraphEntry& entry = impl_->graphs[static_cast<size_t>(id)];
+  if (entry.attached == nullptr) {
+    return absl::NotFoundError(absl::StrCat("DetachExec: bucket ", bucket.ToString(), " has no exec attached"));
+  }
+  if (entry.carries) {
+    PRISTINE_RETURN_IF_ERROR(entry.attached->SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
+  }
+  entry.carries = false;
+  entry.exec = nullptr;
+  entry.node = -1;
+  entry.attached = nullptr;
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::Impl::LaunchPrologue(Stream& stream, int graph) {
@@ -281,7 +326,7 @@ absl::Status BufferManager::Impl::TryInline(const GraphEntry& entry, GraphExec& 
     return exec.SetKernelParams(entry.node, buffers::kInlinePrologue<kBytes>, params);
   };
   absl::Status status;
-  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params);
+  std::apply([&](auto&... params) { (status.Update(set(params)), ...); }, inline_params.all);
   status.Update(exec.SetKernelParams(entry.node, buffers::kPrologue, *entry.params));
   return status;
 }
@@ -308,8 +353,14 @@ absl::Status BufferManager::RecordPrologue(Stream& stream, const Extent& bucket)
   impl.current_graph = "";
   PRISTINE_ASSIGN_OR_RETURN(const int graph, impl.EntryOf("", bucket));
   GraphEntry& entry = impl.graphs[static_cast<size_t>(graph)];
+  if (entry.attached != nullptr) {
+    return absl::FailedPreconditionError(absl::StrCat("prologue of bucket ", bucket.ToString(),
+                                                      ": its steps go to the exec that is attached; DetachExec first"));
+  }
   if (capturing || entry.chunks == 0) entry.chunks = static_cast<int>(impl.chunks.size());
-  return impl.LaunchPrologue(stream, graph);
+  PRISTINE_RETURN_IF_ERROR(impl.LaunchPrologue(stream, graph));
+  if (capturing) entry.recording = std::make_unique<buffers::PrologueParams>(impl.ReplayPrologue(entry, graph));
+  return absl::OkStatus();
 }
 
 absl::Status BufferManager::BeforeCapture(Stream& stream, const RunInfo& info) {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -66,6 +67,7 @@ struct Chunk {
   ProtectedBuffer originals;  // the table of BufferRecords, then the originals
   ChunkTable table;
   int first = 0;  // id of its first buffer
+  std::vector<const BufferState*> refilled;
 };
 
 // A graph, or the eager runs of a bucket.
@@ -77,13 +79,23 @@ struct GraphEntry {
   int64_t order = 0;      // of its last run among all runs; 0: none
   int64_t replay = 0;     // the step of that run; 0: a capture or warm-up
 
-  // Of a GraphRunner's graph, whose prologue node may be given other parameters.
+  // Of a graph whose prologue node may be given other parameters: a GraphRunner's, or an engine's that is attached.
   std::unique_ptr<PrologueParams> params;     // as captured
   std::unique_ptr<PrologueParams> recording;  // of the capture that has not ended; null: not at its head
   const GraphExec* exec = nullptr;
-  int node = -1;         // in `exec`; -1: its steps come through the ring
-  bool carries = false;  // the node's parameters hold a step, and must be put back before a step comes through the ring
+  std::unique_ptr<GraphExec> attached;  // null: not attached
+  int node = -1;                        // in `exec`; -1: its steps come through the ring
+  bool carries = false;                 // the node's parameters hold a step
 };
+
+// One of each size.
+template <class Sizes>
+struct InlinePrologueSet;
+template <size_t... kPlaces>
+struct InlinePrologueSet<std::index_sequence<kPlaces...>> {
+  std::tuple<InlinePrologueParams<kInlineBytes[kPlaces]>...> all{};
+};
+using InlinePrologues = InlinePrologueSet<std::make_index_sequence<size_t{kInlineSizes}>>;
 
 // What Verify and FindPolluter look at, copied back.
 struct ReadBack {
@@ -153,9 +165,10 @@ class BufferManager::Impl {
   // `exec`: of the GraphRunner that launches next; null: an engine does.
   absl::Status Arm(Stream& stream, int graph, const Extent& extent, GraphExec* exec);
   // Hands the step to the prologue, in its parameters if it is small, through the ring otherwise.
-  absl::Status Deliver(Stream& stream, buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec* exec);
-  template <int kBytes>
-  absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, GraphExec& exec);
+  absl::Status Deliver(Stream& stream, buffers::GraphEntry& entry, buffers::SlotHeader header, GraphExec* exec);
+  // In the smallest size that holds `need` bytes; one does.
+  template <int kPlace = 0>
+  absl::Status SetInline(buffers::GraphEntry& entry, const buffers::SlotHeader& header, size_t need, GraphExec& exec);
   void TakeBackUnlaunchedStep();
   absl::Status Stage(buffers::BufferState& buffer, absl::Span<const std::byte> values, int64_t count);
   size_t Poll(absl::Span<Violation> out);
@@ -179,8 +192,9 @@ class BufferManager::Impl {
   std::atomic<bool> busy{false};
 
   std::unique_ptr<buffers::Reports> reports;
-  DeviceBuffer control_memory;  // Control, then first_bad[kMaxBuffers]
+  DeviceBuffer control_memory;  // Control, chunk_tables[kMaxChunks], first_bad[kMaxBuffers]
   buffers::Control* control = nullptr;
+  buffers::ChunkTable* chunk_tables = nullptr;  // of all chunks but the first
   int64_t* first_bad = nullptr;
 
   buffers::Arena constants;
@@ -193,12 +207,9 @@ class BufferManager::Impl {
   std::vector<std::unique_ptr<buffers::RegionWatcher>> protected_regions;
 
   std::unique_ptr<buffers::StagingRing> ring;  // from the first Seal on
-  std::tuple<
-      buffers::InlinePrologueParams<buffers::kInlineBytes[0]>, buffers::InlinePrologueParams<buffers::kInlineBytes[1]>,
-      buffers::InlinePrologueParams<buffers::kInlineBytes[2]>, buffers::InlinePrologueParams<buffers::kInlineBytes[3]>>
-      inline_params{};         // where they are put together
-  uint64_t next_sequence = 1;  // of the step that is armed next
-  int64_t step = 0;            // steps begun
+  buffers::InlinePrologues inline_params;      // where they are put together
+  uint64_t next_sequence = 1;                  // of the step that is armed next
+  int64_t step = 0;                            // steps begun
   bool step_open = false;
   Extent step_bucket;
   Extent step_extent;

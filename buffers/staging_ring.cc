@@ -11,9 +11,9 @@ namespace pristine::buffers {
 absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device, int slots, int entries,
                                                                  size_t value_bytes) {
   auto ring = std::unique_ptr<StagingRing>(new StagingRing);
-  ring->head_ = sizeof(SlotHeader) + static_cast<size_t>(entries) * sizeof(SlotEntry);
+  ring->head_ = kSlotTable + static_cast<size_t>(entries) * sizeof(SlotEntry);
   ring->stride_ = (ring->head_ + value_bytes + 255) / 256 * 256;
-  ring->entries_ = entries;
+  ring->blank_.resize(static_cast<size_t>(entries));
   ring->room_.resize(static_cast<size_t>(entries));
   const size_t bytes = ring->stride_ * static_cast<size_t>(slots);
   PRISTINE_ASSIGN_OR_RETURN(ring->pinned_, device.AllocatePinned(bytes, "staging slots"));
@@ -23,10 +23,19 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(Device& device,
     ring->copied_.push_back({std::move(event), false});
   }
   // A device slot that was never sent must not look armed.
-  PRISTINE_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, device.CreateStream());
-  PRISTINE_RETURN_IF_ERROR(stream->Fill(ring->device_.As<std::byte>(), std::byte{0}));
-  PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
+  PRISTINE_ASSIGN_OR_RETURN(ring->copies_, device.CreateStream());
+  PRISTINE_RETURN_IF_ERROR(ring->copies_->Fill(ring->device_.As<std::byte>(), std::byte{0}));
+  PRISTINE_RETURN_IF_ERROR(ring->copies_->Synchronize());
   return ring;
+}
+
+void StagingRing::Describe(const BufferRecord& record) {
+  SlotEntry& entry = blank_[static_cast<size_t>(record.refilled)];
+  entry.buffer = record.id;
+  entry.lower = record.lower;
+  entry.upper = record.upper;
+  entry.integers = record.integers;
+  entry.indptr = record.indptr;
 }
 
 absl::Status StagingRing::Open(uint64_t sequence) {
@@ -42,7 +51,7 @@ absl::Status StagingRing::Open(uint64_t sequence) {
   sequence_ = sequence;
   slot_ = pinned_.host() + (sequence % copied_.size()) * stride_;
   used_ = head_;
-  std::fill_n(reinterpret_cast<SlotEntry*>(slot_ + sizeof(SlotHeader)), entries_, SlotEntry());
+  std::copy(blank_.begin(), blank_.end(), reinterpret_cast<SlotEntry*>(slot_ + kSlotTable));
   std::fill(room_.begin(), room_.end(), 0);
   return absl::OkStatus();
 }
@@ -56,7 +65,7 @@ void StagingRing::WaitAll() {
 }
 
 absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int64_t count) {
-  auto* const all = reinterpret_cast<SlotEntry*>(slot_ + sizeof(SlotHeader));
+  auto* const all = reinterpret_cast<SlotEntry*>(slot_ + kSlotTable);
   SlotEntry& placed = all[entry];
   size_t& room = room_[static_cast<size_t>(entry)];
   const size_t need = Footprint(std::max<size_t>(values.size(), 1));  // no two entries start at one place
@@ -71,7 +80,7 @@ absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int
     } else {  // the entries behind it make room, so that a slot never needs more than the buffers' capacities
       std::byte* const end = slot_ + head_ + placed.offset + room;
       std::memmove(end + more, end, static_cast<size_t>(slot_ + used_ - end));
-      for (int i = 0; i < entries_; ++i) {
+      for (size_t i = 0; i < blank_.size(); ++i) {
         if (all[i].offset > placed.offset) all[i].offset += static_cast<int64_t>(more);
       }
     }
@@ -85,19 +94,35 @@ absl::Status StagingRing::Put(int entry, absl::Span<const std::byte> values, int
 
 void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {
   const size_t table = static_cast<size_t>(entries) * sizeof(SlotEntry);
-  header.values = static_cast<uint32_t>(sizeof(header) + table);
+  header.entries = static_cast<uint32_t>(entries);
+  header.values = static_cast<uint32_t>(kSlotTable + table);
+  header.bytes = static_cast<uint32_t>(value_bytes());
   std::memcpy(to, &header, sizeof(header));
-  std::memcpy(to + sizeof(header), slot_ + sizeof(header), table);
+  std::memcpy(to + kSlotTable, slot_ + kSlotTable, table);
   std::memcpy(to + header.values, slot_ + head_, value_bytes());
 }
 
-absl::Status StagingRing::Send(Stream& stream, SlotHeader header) {
+absl::Status StagingRing::Send(Stream& stream, const SlotHeader& header) { return Copy(stream, header); }
+
+absl::Status StagingRing::SendAhead(Stream& stream, uint64_t begun, SlotHeader& header) {
+  const bool beside = begun + slots() > sequence_;
+  SlotHeader none;  // a prologue that looks for the newest slot, of a step that is queued already, must not take it
+  PRISTINE_RETURN_IF_ERROR(Copy(beside ? *copies_ : stream, none));
+  header.entries = static_cast<uint32_t>(blank_.size());
+  header.values = static_cast<uint32_t>(head_);
+  header.slot = static_cast<int32_t>(sequence_ % slots());
+  return beside ? stream.Wait(*CopiedOf(sequence_).event) : absl::OkStatus();
+}
+
+absl::Status StagingRing::Copy(Stream& stream, SlotHeader header) {
+  header.entries = static_cast<uint32_t>(blank_.size());
   header.values = static_cast<uint32_t>(head_);
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(device_.As<std::byte>().Sub(start, used_), {slot_, used_}));
-  CopiedOf(sequence_).pending = true;
-  return stream.Record(*CopiedOf(sequence_).event);
+  Copied& copied = CopiedOf(sequence_);
+  copied.pending = true;
+  return stream.Record(*copied.event);
 }
 
 }  // namespace pristine::buffers

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "pristine/graph_runtime/status.h"
+#include "pristine/graph_runtime/graph.h"
 #include "pristine/graph_runtime/stream.h"
 
 namespace pristine {
@@ -70,6 +71,13 @@ absl::StatusOr<ProtectedBuffer> Device::AllocateProtected(size_t bytes, const ch
 }
 
 absl::StatusOr<std::unique_ptr<Stream>> Device::CreateStream() { return DoCreateStream(); }
+
+absl::StatusOr<std::unique_ptr<GraphExec>> Device::AdoptExec(void* graph, void* exec) {
+  if (graph == nullptr || exec == nullptr) {
+    return absl::InvalidArgumentError(graph == nullptr ? "AdoptExec: null graph" : "AdoptExec: null exec");
+  }
+  return DoAdoptExec(graph, exec);
+}
 
 absl::StatusOr<std::unique_ptr<Stream>> Device::AdoptStream(void* native) {
   if (native == nullptr) return absl::InvalidArgumentError("AdoptStream: null");

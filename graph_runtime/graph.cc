@@ -102,12 +102,14 @@ std::string Graph::ToDot(const std::string& title) const {
   return out + "}\n";
 }
 
-absl::Status GraphExec::Launch(Stream& stream) {
+absl::Status GraphExec::Launch(Stream& stream) { return Launch(stream, stream.capturing()); }
+
+absl::Status GraphExec::Launch(Stream& stream, bool capturing) {
   if (&stream.device() != &device_) {
     return absl::InvalidArgumentError(absl::StrCat("GraphExec::Launch: the stream belongs to ", stream.device().name(),
                                                    ", another device than the graph's, ", device_.name()));
   }
-  if (stream.capturing()) return absl::FailedPreconditionError("GraphExec::Launch: the stream is capturing");
+  if (capturing) return absl::FailedPreconditionError("GraphExec::Launch: the stream is capturing");
   return DoLaunch(stream);
 }
 
@@ -123,6 +125,20 @@ absl::Status GraphExec::CheckCall(int node, const std::vector<GraphNode>& nodes,
                                                    call.name));
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<int> GraphExec::FindNamed(const std::vector<GraphNode>& nodes, const KernelCall& call) {
+  int found = -1;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i].kind != GraphNode::Kind::kKernel || nodes[i].foreign || nodes[i].name != call.name) continue;
+    if (found >= 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("FindKernel: both node ", found, " and node ", i, " are ", call.name));
+    }
+    found = static_cast<int>(i);
+  }
+  if (found >= 0) return found;
+  return absl::NotFoundError(absl::StrCat("FindKernel: none of the graph's ", nodes.size(), " nodes is ", call.name));
 }
 
 absl::StatusOr<std::unique_ptr<Graph>> Capture(Stream& stream, absl::FunctionRef<absl::Status(Stream&)> body) {

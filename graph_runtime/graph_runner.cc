@@ -173,7 +173,7 @@ absl::Status GraphRunner::Replay(Stream& stream, const Extent& bucket, const Ext
     if (!outcome.ok()) break;
     ++ready;
   }
-  if (outcome.ok()) outcome = entries_[index].exec->Launch(stream);
+  if (outcome.ok()) outcome = entries_[index].exec->Launch(stream, /*capturing=*/false);
   if (outcome.ok()) {
     ++stats_.replays;
     ++stats_.replays_by_bucket[index];

@@ -50,37 +50,53 @@ struct ChunkTable {
   int32_t count = 0;
 };
 
-// A step on its way to the prologue, in a staging slot or in the kernel's own parameters: header, entry table, values.
+// A step on its way to the prologue: header, entry table, values. All in a staging slot, or all in the kernel's own
+// parameters, or the header in the parameters and the rest in a slot, whose own header then says 0.
 struct SlotHeader {
   uint64_t sequence = 0;  // the step that armed it; 0: none yet
   Extent bucket;
   Extent extent;
-  uint32_t check = 0;   // compare constants and restored buffers with their originals
-  uint32_t values = 0;  // where the values begin, from the start of the header
-  uint32_t unused[8] = {};
+  uint32_t check = 0;    // compare constants and restored buffers with their originals
+  uint32_t entries = 0;  // in the table
+  uint32_t values = 0;   // where the values begin, from the start of the header
+  uint32_t bytes = 0;    // of values, of a step in parameters
+  // Of a step in parameters: the slot that holds the table and the values; negative: they follow the header.
+  int32_t slot = -1;
 };
-static_assert(sizeof(SlotHeader) == 64);
-struct SlotEntry {
-  int64_t offset = -1;  // of the entry's values, from the first of all; negative: none
+static_assert(sizeof(SlotHeader) == 48);
+inline constexpr size_t kSlotTable = 48;  // where the entry table begins, from the start of the header
+struct alignas(16) SlotEntry {
+  int64_t offset = -1;  // of the entry's values, from the first of all, a multiple of 16; negative: none
   int64_t count = 0;    // elements
+  // The buffer's rule, as in its record.
+  int32_t buffer = -1;
+  int32_t lower = 0;
+  int32_t upper = 0;
+  bool integers = false;
+  bool indptr = false;
 };
+static_assert(sizeof(SlotEntry) == 32);
 
 // Device memory that only prologues write.
 struct Control {
-  uint64_t consumed = 0;  // sequence of the last step that a graph took
-  uint64_t current = 0;   // the step whose body runs; 0: a capture or warm-up
-  uint64_t reports = 0;   // ReportRing::count
-  int32_t graph = -1;     // of the body that runs
-  uint64_t ticket = 0;    // what the blocks that are done have found (prologue_cuda.cu)
+  // The last step that a graph took, and below it how many blocks of the prologue that runs have begun: one atomic
+  // gives a block both, and the block that finds all others begun may change it.
+  uint64_t turn = 0;
+  uint64_t current = 0;  // the step whose body runs; 0: a capture or warm-up
+  uint64_t reports = 0;  // ReportRing::count
+  int32_t graph = -1;    // of the body that runs
+  uint64_t ticket = 0;   // what the blocks that are done have found (prologue_cuda.cu); not every launch counts them
   int64_t restored_bytes = 0;
   int64_t expected_writes = 0;
   int64_t healed = 0;
   int64_t neutralised = 0;
 };
 
+inline constexpr int kTurnBits = 20;
+
 // Host-visible copy, so that the host learns of it without a call.
 struct Board {
-  uint64_t consumed = 0;
+  uint64_t consumed = 0;  // the last step that began
   int64_t restored_bytes = 0;
   int64_t expected_writes = 0;
   int64_t healed = 0;
@@ -96,7 +112,8 @@ enum class PrologueMode : int32_t {
 inline constexpr int64_t kNoIndex = INT64_MAX;
 
 struct PrologueParams {
-  ChunkTable chunks[kMaxChunks];
+  ChunkTable first;                  // of the first chunk, which most managers stop at
+  const ChunkTable* more = nullptr;  // of the others, in device memory
   int32_t num_chunks = 0;
   PrologueMode mode = PrologueMode::kReplay;
   bool restore = true;              // whether kRestored buffers are put back
@@ -119,6 +136,14 @@ struct PrologueParams {
   ReportRing ring;
 };
 
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    inline const ChunkTable&
+    TableOf(const PrologueParams& params, int32_t chunk) {
+  return chunk == 0 ? params.first : params.more[chunk - 1];
+}
+
 int PrologueHost(const PrologueParams& params);
 int PrologueCuda(CUstream_st* stream, const PrologueParams& params);
 CudaLaunch PrologueCudaLaunch(const PrologueParams& params);
@@ -136,7 +161,8 @@ struct InlinePrologueParams {
   PrologueParams base;
   alignas(16) std::byte step[kBytes];
 };
-inline constexpr int kInlineBytes[] = {1280, 2560, 5120, 8704};
+inline constexpr int kInlineBytes[] = {512, 1024, 1536, 2560, 4608, 6656, 8960};
+inline constexpr int kInlineSizes = sizeof(kInlineBytes) / sizeof(kInlineBytes[0]);
 
 template <int kBytes>
 int InlinePrologueHost(const InlinePrologueParams<kBytes>& params);

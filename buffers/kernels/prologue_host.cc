@@ -23,8 +23,9 @@ int64_t Count(const BufferRecord& record, const Extent& extent) {
 template <class Body>
 void ForEachBuffer(const PrologueParams& params, Body body) {
   for (int32_t c = 0; c < params.num_chunks; ++c) {
-    for (int32_t i = 0; i < params.chunks[c].count; ++i) {
-      const BufferRecord& record = params.chunks[c].records[i];
+    const ChunkTable& table = TableOf(params, c);
+    for (int32_t i = 0; i < table.count; ++i) {
+      const BufferRecord& record = table.records[i];
       if (Covers(params, record)) body(record);
     }
   }
@@ -34,7 +35,11 @@ class Prologue {
  public:
   // `step`: null: the newest staging slot.
   Prologue(const PrologueParams& params, const std::byte* step)
-      : params_(params), given_(step), ring_(params.ring), control_(*params.control) {
+      : params_(params),
+        given_(step),
+        ring_(params.ring),
+        control_(*params.control),
+        consumed_(control_.turn >> kTurnBits) {
     ring_.replay = &replay_;
   }
 
@@ -68,14 +73,15 @@ class Prologue {
   // Exactly one step must have been armed since the last one was taken.
   void Take() {
     const SlotHeader* const newest = Newest();
-    const uint64_t next = control_.consumed + 1;
-    replay_ = std::max(newest->sequence, control_.consumed);
+    const uint64_t next = consumed_ + 1;
+    replay_ = std::max(newest->sequence, consumed_);
     extent_ = params_.bucket;
     if (newest->sequence < next) {
       Flag(Violation::Kind::kNotArmed, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(newest->sequence));
       return;
     }
-    control_.consumed = newest->sequence;
+    consumed_ = newest->sequence;
+    control_.turn = consumed_ << kTurnBits;
     if (newest->sequence > next) {
       Flag(Violation::Kind::kArmedTwice, -1, 0, static_cast<int64_t>(next), static_cast<int64_t>(newest->sequence));
     }
@@ -87,8 +93,10 @@ class Prologue {
     }
     extent_ = newest->extent;
     check_ = newest->check != 0;
-    entries_ = reinterpret_cast<const SlotEntry*>(newest + 1);
-    values_ = reinterpret_cast<const std::byte*>(newest) + newest->values;
+    const std::byte* image = reinterpret_cast<const std::byte*>(newest);
+    if (given_ != nullptr && newest->slot >= 0) image = params_.slots + newest->slot * params_.slot_stride;
+    entries_ = reinterpret_cast<const SlotEntry*>(image + kSlotTable);
+    values_ = image + newest->values;
   }
 
   void Prepare(const BufferRecord& record) {
@@ -209,13 +217,14 @@ class Prologue {
     std::atomic_ref(board.expected_writes).store(control_.expected_writes, std::memory_order_relaxed);
     std::atomic_ref(board.healed).store(control_.healed, std::memory_order_relaxed);
     std::atomic_ref(board.neutralised).store(control_.neutralised, std::memory_order_relaxed);
-    std::atomic_ref(board.consumed).store(control_.consumed, std::memory_order_release);
+    std::atomic_ref(board.consumed).store(consumed_, std::memory_order_release);
   }
 
   const PrologueParams& params_;
   const std::byte* const given_;
   ReportRing ring_;
   Control& control_;
+  uint64_t consumed_;
   uint64_t replay_ = 0;
   const SlotEntry* entries_ = nullptr;  // null: nothing to place
   const std::byte* values_ = nullptr;
@@ -237,6 +246,10 @@ template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[0]>&);
 template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[1]>&);
 template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[2]>&);
 template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[3]>&);
+template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[4]>&);
+template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[5]>&);
+template int InlinePrologueHost(const InlinePrologueParams<kInlineBytes[6]>&);
+static_assert(kInlineSizes == 7);
 
 void PrologueWrites(const PrologueParams& params, WriteList& writes) {
   ForEachBuffer(params, [&](const BufferRecord& record) {

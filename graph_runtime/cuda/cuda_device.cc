@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "graph_runtime/cuda/cuda_graph.h"
 #include "graph_runtime/cuda/cuda_status.h"
 #include "graph_runtime/cuda/cuda_stream.h"
 #include "pristine/graph_runtime/status.h"
@@ -192,6 +193,10 @@ absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::DoAdoptStream(void* native) 
         absl::StrCat("AdoptStream: the stream belongs to CUDA device ", device, ", not to ", name()));
   }
   return std::make_unique<CudaStream>(*this, stream, /*owned=*/false);
+}
+
+absl::StatusOr<std::unique_ptr<GraphExec>> CudaDevice::DoAdoptExec(void* graph, void* exec) {
+  return AdoptedCudaExec::Create(*this, static_cast<cudaGraph_t>(graph), static_cast<cudaGraphExec_t>(exec));
 }
 
 absl::StatusOr<std::unique_ptr<Event>> CudaDevice::DoCreateEvent() {

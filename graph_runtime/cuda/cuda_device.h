@@ -55,6 +55,7 @@ class CudaDevice final : public Device {
   void DoFreeProtected(ProtectedBuffer& buffer) noexcept override;
   absl::StatusOr<std::unique_ptr<Stream>> DoCreateStream() override;
   absl::StatusOr<std::unique_ptr<Stream>> DoAdoptStream(void* native) override;
+  absl::StatusOr<std::unique_ptr<GraphExec>> DoAdoptExec(void* graph, void* exec) override;
   absl::StatusOr<std::unique_ptr<Event>> DoCreateEvent() override;
   absl::Status DoSynchronize() override;
   absl::StatusOr<int64_t> DoWatch(const WatchedRegion& region, Watcher* watcher) override;

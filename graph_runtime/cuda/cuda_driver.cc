@@ -51,6 +51,7 @@ absl::StatusOr<CudaDriver> CudaDriver::Load() {
   PRISTINE_RETURN_IF_ERROR(Find("cuGraphKernelNodeGetParams", &driver.kernel_node_get_params));
   PRISTINE_RETURN_IF_ERROR(Find("cuFuncGetName", &driver.function_get_name));
   PRISTINE_RETURN_IF_ERROR(Find("cuKernelGetName", &driver.kernel_get_name));
+  PRISTINE_RETURN_IF_ERROR(Find("cuGraphExecKernelNodeSetParams", &driver.exec_kernel_node_set_params));
   return driver;
 }
 

@@ -36,6 +36,7 @@ struct CudaDriver {
   PFN_cuGraphKernelNodeGetParams_v12000 kernel_node_get_params = nullptr;
   PFN_cuFuncGetName_v12030 function_get_name = nullptr;
   PFN_cuKernelGetName_v12030 kernel_get_name = nullptr;
+  PFN_cuGraphExecKernelNodeSetParams_v12000 exec_kernel_node_set_params = nullptr;
 };
 
 // Makes `context` current for a scope and puts the caller's back. Contexts, not device ordinals: cudaSetDevice would

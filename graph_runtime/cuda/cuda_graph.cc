@@ -224,20 +224,81 @@ absl::Status CudaGraphExec::DoLaunch(Stream& stream) {
 
 absl::Status CudaGraphExec::DoSetKernelParams(int node, const KernelCall& call) {
   PRISTINE_RETURN_IF_ERROR(CheckCall(node, nodes_, call));
+  return params_.Set(device_, exec_, nodes_[static_cast<size_t>(node)].native, call);
+}
+
+absl::StatusOr<int> CudaGraphExec::DoFindKernel(const KernelCall& call) { return FindNamed(nodes_, call); }
+
+absl::Status CudaKernelParams::Set(CudaDevice& device, cudaGraphExec_t exec, void* node, const KernelCall& call) {
+  const CurrentContext current(device.driver(), device.context());
+  const RelaxedCaptureMode relaxed(device.capturing_streams() > 0);
+  PRISTINE_ASSIGN_OR_RETURN(const CUfunction function, Function(call));
+  void* arguments[] = {const_cast<void*>(call.params)};
+  CUDA_KERNEL_NODE_PARAMS params = {};
+  params.func = function;
+  params.gridDimX = call.cuda.grid;
+  params.gridDimY = params.gridDimZ = 1;
+  params.blockDimX = call.cuda.block;
+  params.blockDimY = params.blockDimZ = 1;
+  params.sharedMemBytes = static_cast<unsigned>(call.cuda.shared_bytes);
+  params.kernelParams = arguments;
+  return device.driver().ToStatus(
+      device.driver().exec_kernel_node_set_params(exec, static_cast<CUgraphNode>(node), &params),
+      "cuGraphExecKernelNodeSetParams");
+}
+
+// Remembered: the runtime looks a kernel up by its address at each call.
+absl::StatusOr<CUfunction> CudaKernelParams::Function(const KernelCall& call) {
   if (call.cuda.function == nullptr) {
     return absl::UnimplementedError(absl::StrCat("SetKernelParams: ", call.name, " has no cuda_launch"));
   }
+  for (const auto& [known, function] : functions_) {
+    if (known == call.cuda.function) return function;
+  }
+  cudaFunction_t function = nullptr;
+  PRISTINE_RETURN_IF_ERROR(CudaStatus(cudaGetFuncBySymbol(&function, call.cuda.function), "cudaGetFuncBySymbol"));
+  functions_.emplace_back(call.cuda.function, function);
+  return function;
+}
+
+absl::StatusOr<std::unique_ptr<GraphExec>> AdoptedCudaExec::Create(CudaDevice& device, cudaGraph_t graph,
+                                                                   cudaGraphExec_t exec) {
+  const CurrentContext current(device.driver(), device.context());
+  PRISTINE_ASSIGN_OR_RETURN(const std::vector<cudaGraphNode_t> natives, Nodes(graph));
+  std::vector<GraphNode> nodes;
+  for (cudaGraphNode_t native : natives) {
+    cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
+    PRISTINE_RETURN_IF_ERROR(CudaStatus(cudaGraphNodeGetType(native, &type), "cudaGraphNodeGetType"));
+    const GraphNode::Kind kind = KindOf(type);
+    std::string name = kind == GraphNode::Kind::kKernel ? KernelName(device.driver(), native) : "";
+    nodes.push_back({kind, std::move(name), /*foreign=*/true, native});
+  }
+  return std::unique_ptr<GraphExec>(new AdoptedCudaExec(device, std::move(nodes), exec));
+}
+
+AdoptedCudaExec::AdoptedCudaExec(CudaDevice& device, std::vector<GraphNode> nodes, cudaGraphExec_t exec)
+    : GraphExec(device), device_(device), nodes_(std::move(nodes)), exec_(exec) {}
+
+absl::Status AdoptedCudaExec::DoLaunch(Stream& stream) { return static_cast<CudaStream&>(stream).LaunchGraph(exec_); }
+
+absl::Status AdoptedCudaExec::DoSetKernelParams(int node, const KernelCall& call) {
+  PRISTINE_RETURN_IF_ERROR(CheckCall(node, nodes_, call));
+  return params_.Set(device_, exec_, nodes_[static_cast<size_t>(node)].native, call);
+}
+
+// CUDA knows a node's kernel by its symbol only.
+absl::StatusOr<int> AdoptedCudaExec::DoFindKernel(const KernelCall& call) {
   const CurrentContext current(device_.driver(), device_.context());
-  const RelaxedCaptureMode relaxed(device_.capturing_streams() > 0);
-  void* arguments[] = {const_cast<void*>(call.params)};
-  cudaKernelNodeParams params = {};
-  params.func = const_cast<void*>(call.cuda.function);
-  params.gridDim = dim3(call.cuda.grid);
-  params.blockDim = dim3(call.cuda.block);
-  params.sharedMemBytes = static_cast<unsigned>(call.cuda.shared_bytes);
-  params.kernelParams = arguments;
-  return CudaStatus(cudaGraphExecKernelNodeSetParams(exec_, static_cast<cudaGraphNode_t>(nodes_[node].native), &params),
-                    "cudaGraphExecKernelNodeSetParams");
+  PRISTINE_ASSIGN_OR_RETURN(const CUfunction function, params_.Function(call));
+  const char* symbol = nullptr;
+  PRISTINE_RETURN_IF_ERROR(
+      device_.driver().ToStatus(device_.driver().function_get_name(&symbol, function), "cuFuncGetName"));
+  for (GraphNode& node : nodes_) {
+    if (!node.foreign || node.kind != GraphNode::Kind::kKernel || node.name != symbol) continue;
+    node.foreign = false;
+    node.name = call.name;
+  }
+  return FindNamed(nodes_, call);
 }
 
 }  // namespace pristine

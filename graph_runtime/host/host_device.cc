@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "graph_runtime/host/access_guard.h"
+#include "graph_runtime/host/host_graph.h"
 #include "graph_runtime/host/host_memory.h"
 #include "graph_runtime/host/host_stream.h"
 #include "graph_runtime/host/work_queue.h"
@@ -95,6 +96,9 @@ class HostDevice final : public Device {
       if (queue.get() == native) return std::make_unique<host::HostStream>(*this, sealed_, std::move(queue));
     }
     return absl::InvalidArgumentError("AdoptStream: not the native() of a stream of this device");
+  }
+  absl::StatusOr<std::unique_ptr<GraphExec>> DoAdoptExec(void* graph, void* exec) override {
+    return host::AdoptHostExec(*this, static_cast<Graph*>(graph), static_cast<GraphExec*>(exec));
   }
   absl::StatusOr<std::unique_ptr<Event>> DoCreateEvent() override { return std::make_unique<host::HostEvent>(*this); }
 

@@ -9,12 +9,16 @@
 namespace pristine::host {
 namespace {
 
+class HostGraph;
+
 class HostGraphExec : public GraphExec {
  public:
+  bool IsMadeFrom(const HostGraph& graph) const;
   HostGraphExec(const Device& device, std::shared_ptr<const OpList> ops, std::vector<GraphNode> nodes)
       : GraphExec(device), ops_(std::move(ops)), nodes_(std::move(nodes)) {}
 
  private:
+  friend class AdoptedHostExec;
   absl::Status DoLaunch(Stream& stream) override {
     auto& queue = *static_cast<WorkQueue*>(stream.native());
     PRISTINE_RETURN_IF_ERROR(queue.status());
@@ -28,6 +32,8 @@ class HostGraphExec : public GraphExec {
     if (current_ >= 0) versions_[current_].last = last_;
     return absl::OkStatus();
   }
+
+  absl::StatusOr<int> DoFindKernel(const KernelCall& call) override { return FindNamed(nodes_, call); }
 
   // A launch in flight keeps the version that it was queued with; one whose last launch is done is used again.
   absl::Status DoSetKernelParams(int node, const KernelCall& call) override {
@@ -59,6 +65,7 @@ class HostGraphExec : public GraphExec {
 
 class HostGraph : public Graph {
  public:
+  const std::shared_ptr<const OpList>& ops() const { return ops_; }
   HostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges)
       : device_(device), ops_(std::make_shared<const OpList>(std::move(ops))) {
     std::vector<GraphNode> nodes;
@@ -76,7 +83,33 @@ class HostGraph : public Graph {
   const std::shared_ptr<const OpList> ops_;
 };
 
+bool HostGraphExec::IsMadeFrom(const HostGraph& graph) const { return graph.ops() == ops_; }
+
+// An exec of the engine's.
+class AdoptedHostExec : public GraphExec {
+ public:
+  AdoptedHostExec(const Device& device, HostGraphExec& exec) : GraphExec(device), exec_(exec) {}
+
+ private:
+  absl::Status DoLaunch(Stream& stream) override { return exec_.DoLaunch(stream); }
+  absl::Status DoSetKernelParams(int node, const KernelCall& call) override {
+    return exec_.DoSetKernelParams(node, call);
+  }
+  absl::StatusOr<int> DoFindKernel(const KernelCall& call) override { return exec_.DoFindKernel(call); }
+
+  HostGraphExec& exec_;
+};
+
 }  // namespace
+
+absl::StatusOr<std::unique_ptr<GraphExec>> AdoptHostExec(const Device& device, Graph* graph, GraphExec* exec) {
+  auto* const host_graph = dynamic_cast<HostGraph*>(graph);
+  auto* const host_exec = dynamic_cast<HostGraphExec*>(exec);
+  if (host_graph == nullptr || host_exec == nullptr || !host_exec->IsMadeFrom(*host_graph)) {
+    return absl::InvalidArgumentError("AdoptExec: the exec was not made from that graph");
+  }
+  return std::make_unique<AdoptedHostExec>(device, *host_exec);
+}
 
 std::unique_ptr<Graph> MakeHostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges) {
   return std::make_unique<HostGraph>(device, std::move(ops), std::move(edges));

@@ -10,6 +10,9 @@
 
 namespace pristine::host {
 
+// See Device::AdoptExec. INVALID_ARGUMENT: not Host's, or `exec` was made from another graph.
+absl::StatusOr<std::unique_ptr<GraphExec>> AdoptHostExec(const Device& device, Graph* graph, GraphExec* exec);
+
 std::unique_ptr<Graph> MakeHostGraph(const Device& device, OpList ops, std::vector<GraphEdge> edges);
 
 }  // namespace pristine::host

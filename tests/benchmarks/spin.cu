@@ -3,11 +3,18 @@
 namespace pristine::benchmarks {
 namespace {
 
-__global__ void Spin(SpinParams params) {
+__device__ void SpinAndAdd(const SpinParams& params) {
   const long long begin = clock64();
   while (clock64() - begin < params.cycles) {
   }
   *params.total += *params.input;
+}
+
+__global__ void Spin(SpinParams params) { SpinAndAdd(params); }
+
+__global__ void SpinEarly(SpinParams params) {
+  cudaGridDependencySynchronize();
+  SpinAndAdd(params);
 }
 
 }  // namespace
@@ -15,6 +22,18 @@ __global__ void Spin(SpinParams params) {
 int SpinCuda(CUstream_st* stream, const SpinParams& params) {
   Spin<<<1, 1, 0, stream>>>(params);
   return cudaGetLastError();
+}
+
+int SpinEarlyCuda(CUstream_st* stream, const SpinParams& params) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = config.blockDim = dim3(1);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, SpinEarly, params);
 }
 
 }  // namespace pristine::benchmarks

@@ -18,10 +18,14 @@ struct SpinParams {
 
 int SpinHost(const SpinParams& params);
 int SpinCuda(CUstream_st* stream, const SpinParams& params);
+// Launched over a programmatic edge: it begins while the kernel before it runs, and waits for it before it reads.
+int SpinEarlyCuda(CUstream_st* stream, const SpinParams& params);
 
-inline constexpr Kernel<SpinParams> kSpin = {
-    "spin", SpinHost, PRISTINE_CUDA(SpinCuda),
-    [](const SpinParams& params, WriteList& writes) { writes.Add(params.total, sizeof(*params.total)); }};
+inline void SpinWrites(const SpinParams& params, WriteList& writes) {
+  writes.Add(params.total, sizeof(*params.total));
+}
+inline constexpr Kernel<SpinParams> kSpin = {"spin", SpinHost, PRISTINE_CUDA(SpinCuda), SpinWrites};
+inline constexpr Kernel<SpinParams> kSpinEarly = {"spin_early", SpinHost, PRISTINE_CUDA(SpinEarlyCuda), SpinWrites};
 
 }  // namespace pristine::benchmarks
 

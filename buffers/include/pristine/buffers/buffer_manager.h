@@ -59,8 +59,8 @@ struct ManagerOptions {
   } restore = Restore::kGraphHead;
   OnViolation on_violation = OnViolation::kNeutralise;
   // A step whose values take up to so many bytes travels in the parameters of the prologue's node, set before the
-  // launch; a larger one, and every step of a graph that the engine captures, is copied to the device ahead of the
-  // launch, through a staging slot. 0: always a slot.
+  // launch; a larger one, and every step of an engine's graph that is not attached (AttachExec), is copied to the
+  // device through a staging slot, on a stream of the manager's own, and so during the replay before. 0: always a slot.
   static constexpr size_t kMaxParameterBytes = 8192;
   size_t parameter_bytes = kMaxParameterBytes;
   int staging_slots = 4;  // steps that may wait in slots; 2 to 64
@@ -151,6 +151,18 @@ class BufferManager final : public GraphHook {
   // bucket or extent, a buffer derived from an older generation of another. Nothing is queued then. Launching without
   // it, or calling it twice for one launch, is found on the device: reported and neutralised.
   absl::Status BeforeReplay(Stream& stream, const Extent& bucket, const Extent& extent);
+
+  // Where the engine hands over the graph that it captured with RecordPrologue and the exec that it made from it
+  // (cudaGraph_t and cudaGraphExec_t, in PyTorch raw_cuda_graph() and raw_cuda_graph_exec(); on Host, Graph* and
+  // GraphExec*), small steps travel in the parameters of its prologue too (ManagerOptions::parameter_bytes):
+  // BeforeReplay sets them for the next launch, all of them each time, so that an update of the exec between two steps
+  // takes nothing away. Both must stay alive until DetachExec, and the exec must be launched from one thread. Blocks.
+  // FAILED_PRECONDITION: no capture recorded this bucket's prologue, or an exec is attached already. NOT_FOUND: the
+  // graph holds no prologue. INVALID_ARGUMENT: null, or the exec was not made from that graph.
+  absl::Status AttachExec(const Extent& bucket, void* graph, void* exec);
+  // Its steps go through staging slots again. Before the exec is destroyed, and before the bucket is captured or run
+  // eagerly: RecordPrologue for it is FAILED_PRECONDITION until then. NOT_FOUND: none is attached.
+  absl::Status DetachExec(const Extent& bucket);
 
   // --- restore and check ---
 

@@ -23,6 +23,7 @@ namespace pristine {
 
 class Event;
 class Graph;
+class GraphExec;
 class Stream;
 
 enum class Backend { kHost, kCuda };
@@ -81,6 +82,9 @@ class Device {
   // It may be capturing: what is queued then goes into the engine's graph. INVALID_ARGUMENT: null.
   absl::StatusOr<std::unique_ptr<Stream>> AdoptStream(void* native);
   absl::StatusOr<std::unique_ptr<Event>> CreateEvent();
+  // An exec over one that the engine owns, and the graph that it was made from: a cudaGraphExec_t and its cudaGraph_t;
+  // on Host, a GraphExec* and its Graph*. Both must outlive it. INVALID_ARGUMENT: null.
+  absl::StatusOr<std::unique_ptr<GraphExec>> AdoptExec(void* graph, void* exec);
 
   // Blocks until all queued work of all streams is done. FAILED_PRECONDITION: a stream is capturing.
   absl::Status Synchronize();
@@ -136,6 +140,7 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<Stream>> DoCreateStream() = 0;
   virtual absl::StatusOr<std::unique_ptr<Stream>> DoAdoptStream(void* native) = 0;
   virtual absl::StatusOr<std::unique_ptr<Event>> DoCreateEvent() = 0;
+  virtual absl::StatusOr<std::unique_ptr<GraphExec>> DoAdoptExec(void* graph, void* exec) = 0;
   virtual absl::Status DoSynchronize() = 0;
   virtual absl::StatusOr<int64_t> DoWatch(const WatchedRegion& region, Watcher* watcher) = 0;
   virtual void DoUnwatch(int64_t id) = 0;

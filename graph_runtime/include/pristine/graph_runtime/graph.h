@@ -82,6 +82,25 @@ class GraphExec {
   // the device is CUDA and the kernel has no cuda_launch.
   template <class Params>
   absl::Status SetKernelParams(int node, const Kernel<Params>& kernel, const Params& params) {
+    return DoSetKernelParams(node, CallOf(kernel, params));
+  }
+  // The place of the one node that runs `kernel`, for SetKernelParams. In a graph that the engine captured (see
+  // Device::AdoptExec) that node counts as ours from then on. NOT_FOUND: no node does. INVALID_ARGUMENT: several do.
+  template <class Params>
+  absl::StatusOr<int> FindKernel(const Kernel<Params>& kernel, const Params& params) {
+    return DoFindKernel(CallOf(kernel, params));
+  }
+
+ protected:
+  explicit GraphExec(const Device& device) : device_(device) {}
+  // The errors that are the same on every backend.
+  static absl::Status CheckCall(int node, const std::vector<GraphNode>& nodes, const KernelCall& call);
+  // The one node of ours with the kernel's name.
+  static absl::StatusOr<int> FindNamed(const std::vector<GraphNode>& nodes, const KernelCall& call);
+
+ private:
+  template <class Params>
+  static KernelCall CallOf(const Kernel<Params>& kernel, const Params& params) {
     static_assert(alignof(Params) <= alignof(std::max_align_t));
     using Function = KernelCall::Function;
     KernelCall call;
@@ -97,17 +116,14 @@ class GraphExec {
       reinterpret_cast<void (*)(const Params&, WriteList&)>(writes)(*static_cast<const Params*>(bytes), out);
     };
     if (kernel.cuda_launch != nullptr) call.cuda = kernel.cuda_launch(params);
-    return DoSetKernelParams(node, call);
+    return call;
   }
 
- protected:
-  explicit GraphExec(const Device& device) : device_(device) {}
-  // The errors that are the same on every backend.
-  static absl::Status CheckCall(int node, const std::vector<GraphNode>& nodes, const KernelCall& call);
-
- private:
+  friend class GraphRunner;  // which has asked already whether the stream is capturing
+  absl::Status Launch(Stream& stream, bool capturing);
   virtual absl::Status DoLaunch(Stream& stream) = 0;
   virtual absl::Status DoSetKernelParams(int node, const KernelCall& call) = 0;
+  virtual absl::StatusOr<int> DoFindKernel(const KernelCall& call) = 0;
   const Device& device_;
 };
 
