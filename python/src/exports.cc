@@ -63,8 +63,7 @@ constexpr std::pair<const char*, ManagerOptions::Restore> kRestores[] = {
 constexpr std::pair<const char*, OnViolation> kOnViolation[] = {
     {"neutralise", OnViolation::kNeutralise}, {"record", OnViolation::kRecord}, {"trap", OnViolation::kTrap}};
 
-// --- device
-// -----------------------------------------------------------------------------------------------------------
+// --- device ----------------------------------------------------------------------------------------------------------
 
 ffi::String CudaBuild() {
 #ifdef PRISTINE_WHEEL_CUDA
@@ -82,8 +81,7 @@ DeviceRef CreateCuda(int64_t ordinal) {
 ffi::String DeviceName(const DeviceRef& device) { return device->device->name(); }
 void Synchronize(const DeviceRef& device) { ThrowIfError(device->device->Synchronize()); }
 
-// --- set-up
-// -----------------------------------------------------------------------------------------------------------
+// --- set-up ----------------------------------------------------------------------------------------------------------
 
 ManagerRef CreateManager(const DeviceRef& device, const ffi::String& check, int64_t sample_every,
                          const ffi::String& restore, const ffi::String& on_violation, int64_t staging_slots,
@@ -123,8 +121,7 @@ void Seal(const ManagerRef& manager) {
   ThrowIfError(manager->manager().Seal());
 }
 
-// --- each step
-// --------------------------------------------------------------------------------------------------------
+// --- each step -------------------------------------------------------------------------------------------------------
 
 void BeginStep(const ManagerRef& manager, int64_t bucket_requests, int64_t bucket_tokens, int64_t requests,
                int64_t tokens) {
@@ -159,8 +156,7 @@ void BeforeReplay(const ManagerRef& manager, int64_t stream, int64_t bucket_requ
                                                ToExtent(bucket_requests, bucket_tokens), ToExtent(requests, tokens)));
 }
 
-// --- restore and check
-// ------------------------------------------------------------------------------------------------
+// --- restore and check -----------------------------------------------------------------------------------------------
 
 void Restore(const ManagerRef& manager, int64_t stream) {
   const ManagerObj::Call call(*manager.get());
