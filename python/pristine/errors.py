@@ -64,3 +64,7 @@ for _class, _code in {
     InternalError: "INTERNAL",
 }.items():
     tvm_ffi.register_error(f"pristine.{_code}", _class)
+
+# The rest of absl's codes, which have no meaning of their own here: still an Error, never a bare RuntimeError.
+for _code in ("CANCELLED", "UNKNOWN", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "ABORTED", "UNAUTHENTICATED"):
+    tvm_ffi.register_error(f"pristine.{_code}", Error)

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+import tvm_ffi
 from conftest import Rig, ints
 
 import pristine
@@ -14,6 +15,15 @@ def test_all_classes_are_errors_of_pristine():
     classes = [getattr(pristine, name) for name in pristine.__all__ if name.endswith("Error")]
     assert len(classes) == 11
     assert all(issubclass(each, pristine.Error) for each in classes)
+
+
+def test_no_status_is_outside_the_hierarchy():
+    codes = """CANCELLED UNKNOWN INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED
+        RESOURCE_EXHAUSTED FAILED_PRECONDITION ABORTED OUT_OF_RANGE UNIMPLEMENTED INTERNAL UNAVAILABLE DATA_LOSS
+        UNAUTHENTICATED""".split()
+    for code in codes:  # as status.h names them
+        error = tvm_ffi.core.Error(f"pristine.{code}", "message", "").py_error()
+        assert isinstance(error, pristine.Error) and str(error) == "message"
 
 
 @pytest.mark.parametrize(
