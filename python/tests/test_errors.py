@@ -13,7 +13,7 @@ from pristine import Axis
 
 def test_all_classes_are_errors_of_pristine():
     classes = [getattr(pristine, name) for name in pristine.__all__ if name.endswith("Error")]
-    assert len(classes) == 11
+    assert len(classes) == 12
     assert all(issubclass(each, pristine.Error) for each in classes)
 
 
@@ -24,6 +24,11 @@ def test_no_status_is_outside_the_hierarchy():
     for code in codes:  # as status.h names them
         error = tvm_ffi.core.Error(f"pristine.{code}", "message", "").py_error()
         assert isinstance(error, pristine.Error) and str(error) == "message"
+
+
+def test_a_lost_device_has_a_class():
+    error = tvm_ffi.core.Error("pristine.ABORTED", "message", "").py_error()
+    assert isinstance(error, pristine.DeviceLostError)
 
 
 @pytest.mark.parametrize(
