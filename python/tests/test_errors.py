@@ -100,7 +100,7 @@ def test_wrong_values_are_an_invalid_argument_and_the_step_goes_on(rig, values, 
 def test_codes_map_to_classes(rig):
     m = rig.manager
     for option in ({"check": "never"}, {"restore": "no"}, {"on_violation": "abort"}, {"staging_slots": 1},
-                   {"sample_every": 0}, {"late_refill_bytes": -1}, {"staging_slots": 2**40}):
+                   {"sample_every": 0}, {"late_refill_bytes": -1}, {"parameter_bytes": -1}, {"staging_slots": 2**40}):
         with pytest.raises(pristine.InvalidArgumentError, match=next(iter(option))):
             pristine.BufferManager(rig.device, **option)
     with pytest.raises(pristine.AlreadyExistsError, match="lengths"):
@@ -139,6 +139,23 @@ def test_a_buffer_of_another_manager_is_an_invalid_argument(rig):
 # --- contract errors ---
 
 
+class Graph:
+    """What attach_graph asks a captured graph for."""
+
+    def raw_cuda_graph(self):
+        return 0
+
+    def raw_cuda_graph_exec(self):
+        return 0
+
+
+def test_a_graph_that_nobody_captured_is_not_attached(rig):
+    with pytest.raises(pristine.NotFoundError, match="no exec attached"):
+        rig.manager.detach_graph(4)
+    with pytest.raises(pristine.FailedPreconditionError, match="no capture recorded the prologue"):
+        rig.manager.attach_graph(4, Graph())
+
+
 def calls(rig):
     """Every call of a manager but the accessors."""
     m = rig.manager
@@ -156,6 +173,8 @@ def calls(rig):
         m.poll,
         m.verify,
         lambda: m.signature_hash(4),
+        lambda: m.attach_graph(4, Graph()),
+        lambda: m.detach_graph(4),
     ]
 
 
