@@ -111,28 +111,34 @@ void StagingRing::Pack(SlotHeader header, int entries, std::byte* to) const {
   std::memcpy(to + header.values, slot_ + head_, value_bytes());
 }
 
-absl::Status StagingRing::Send(Stream& stream, const SlotHeader& header) { return Copy(stream, header); }
+// The copy is queued whatever becomes of its mark. A stream that failed says so at the launch.
+absl::Status StagingRing::Send(Stream& stream, const SlotHeader& header) {
+  absl::Status mark;
+  return Copy(stream, header, mark);
+}
 
 absl::Status StagingRing::SendAhead(Stream& stream, uint64_t begun, SlotHeader& header) {
   const bool beside = begun + slots() > sequence_;
   SlotHeader none;  // a prologue that looks for the newest slot, of a step that is queued already, must not take it
-  PRISTINE_RETURN_IF_ERROR(Copy(beside ? *copies_ : stream, none));
+  absl::Status mark;
+  PRISTINE_RETURN_IF_ERROR(Copy(beside ? *copies_ : stream, none, mark));
+  if (beside && !mark.ok()) return mark;  // the replay could not wait for the copy
   header.entries = static_cast<uint16_t>(blank_.size());
   header.values = static_cast<uint32_t>(head_);
   header.slot = static_cast<int32_t>(sequence_ % slots());
   return beside ? stream.Wait(*CopiedOf(sequence_).event) : absl::OkStatus();
 }
 
-absl::Status StagingRing::Copy(Stream& stream, SlotHeader header) {
+absl::Status StagingRing::Copy(Stream& stream, SlotHeader header, absl::Status& mark) {
   header.entries = static_cast<uint16_t>(blank_.size());
   header.values = static_cast<uint32_t>(head_);
   std::memcpy(slot_, &header, sizeof(header));
   const size_t start = static_cast<size_t>(slot_ - pinned_.host());
   PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(device_.As<std::byte>().Sub(start, used_), {slot_, used_}));
-  // The copy is queued whatever becomes of its mark. A stream that failed says so at the launch.
   Copied& copied = CopiedOf(sequence_);
   copied.pending = true;
-  copied.marked = stream.Record(*copied.event).ok();
+  mark = stream.Record(*copied.event);
+  copied.marked = mark.ok();
   return absl::OkStatus();
 }
 

@@ -64,7 +64,8 @@ class StagingRing {
 
  private:
   explicit StagingRing(Device& device) : its_device_(device) {}
-  absl::Status Copy(Stream& stream, SlotHeader header);
+  // `mark`: whether the end of the copy could be marked.
+  absl::Status Copy(Stream& stream, SlotHeader header, absl::Status& mark);
   struct Copied {
     std::unique_ptr<Event> event;  // the last copy out of the slot
     bool pending = false;          // it may not have run yet
