@@ -214,8 +214,8 @@ void OverlapTest<BackendT>::RunRandomly(uint32_t seed) {
   const int slots = in(0, 9) == 0 ? 64 : in(2, 8);
   MakeSteps(slots);
   int step = 0;
-  int idle_at = 0;          // so many had run when the device was last known to be idle
-  int closed_at = 0;        // so many were ahead of the gate
+  int idle_at = 0;    // so many had run when the device was last known to be idle
+  int closed_at = 0;  // so many were ahead of the gate
   bool closed = false;
   const auto open_gates = [&] {
     OpenGates();
@@ -247,8 +247,7 @@ void OverlapTest<BackendT>::RunRandomly(uint32_t seed) {
     }
     const auto any_count = [&in] { return in(0, 2) == 0 ? in(1, 500) : in(4096, kLarge); };  // parameters take 2048
     int count = any_count();
-    int most = count;
-    for (; in(0, 4) == 0; count = any_count(), most = std::max(most, count)) ASSERT_OK(Fill(count, -1 - step));
+    for (; in(0, 4) == 0; count = any_count()) ASSERT_OK(Fill(count, -1 - step));
     ASSERT_OK(Fill(count, step));
     if (in(0, 9) == 0) continue;  // dropped: the step begins again
     ASSERT_OK(Launched(step, count));
