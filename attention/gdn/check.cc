@@ -5,6 +5,12 @@
 
 namespace pristine::attention::gdn {
 
+absl::Status CheckDType(const char* op, const char* what, DType dtype) {
+  if (dtype == DType::kFloat32 || dtype == DType::kBFloat16) return absl::OkStatus();
+  return absl::UnimplementedError(
+      absl::StrCat(op, ": ", what, " is ", ToString(dtype), "; there are float32 and bfloat16"));
+}
+
 absl::Status CheckTensor(const char* op, const char* what, const void* address, size_t bytes, size_t element_bytes,
                          int64_t need, size_t alignment) {
   const int64_t found = static_cast<int64_t>(bytes / element_bytes);
@@ -34,6 +40,7 @@ absl::Status CheckGates(const char* op, const GateInputs& inputs, int64_t tokens
   if (inputs.v_heads < 1) {
     return absl::InvalidArgumentError(absl::StrCat(op, ": v_heads is ", inputs.v_heads, ", must be at least 1"));
   }
+  PRISTINE_RETURN_IF_ERROR(CheckDType(op, "dtype", inputs.dtype));
   const size_t element = SizeOf(inputs.dtype);
   PRISTINE_RETURN_IF_ERROR(CheckRows(op, "a", inputs.a, element, tokens, inputs.v_heads, params.a_stride));
   PRISTINE_RETURN_IF_ERROR(CheckRows(op, "b", inputs.b, element, tokens, inputs.v_heads, params.b_stride));

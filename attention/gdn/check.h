@@ -11,6 +11,8 @@
 
 namespace pristine::attention::gdn {
 
+// UNIMPLEMENTED: `what` of op `op` is neither float32 nor bfloat16.
+absl::Status CheckDType(const char* op, const char* what, DType dtype);
 // INVALID_ARGUMENT: `what` of op `op` holds fewer than `need` elements, is null or not aligned.
 absl::Status CheckTensor(const char* op, const char* what, const void* address, size_t bytes, size_t element_bytes,
                          int64_t need, size_t alignment);

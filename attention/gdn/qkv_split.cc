@@ -28,6 +28,7 @@ absl::Status QkvSplit(Stream& stream, int32_t tokens, const QkvSplitTensors& t) 
                                                    t.k_dim, ", v_dim ", t.v_dim,
                                                    "; tokens must be at least 0, the others at least 1"));
   }
+  PRISTINE_RETURN_IF_ERROR(CheckDType(kName, "dtype", t.dtype));
   if (t.norm_head_dim != 0 && ((t.norm_head_dim != 64 && t.norm_head_dim != 128) || t.q_dim % t.norm_head_dim != 0 ||
                                t.k_dim % t.norm_head_dim != 0)) {
     return absl::InvalidArgumentError(absl::StrCat(kName, ": norm_head_dim is ", t.norm_head_dim, " with q_dim ",

@@ -46,6 +46,7 @@ absl::Status Check(const char* op, int32_t rows, int32_t tokens, const Recurrent
                                                    " heads, ", states.slot_stride, " elements apart; the inputs have ",
                                                    v_heads, " heads"));
   }
+  PRISTINE_RETURN_IF_ERROR(CheckDType(op, "states", states.dtype));
   if (!(inputs.scale > 0) || !std::isfinite(inputs.scale)) {
     return absl::InvalidArgumentError(
         absl::StrCat(op, ": scale is ", inputs.scale, ", must be finite and greater than 0"));

@@ -14,6 +14,7 @@ absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(Device& device, DTy
     return absl::InvalidArgumentError(
         absl::StrCat("state pool: v_heads is ", v_heads, " and slots ", slots, "; both must be at least 1"));
   }
+  PRISTINE_RETURN_IF_ERROR(CheckDType("state pool", "dtype", dtype));
   auto pool = std::unique_ptr<StatePool>(new StatePool);
   const int64_t stride = v_heads * kStateElements;
   const size_t slot_bytes = static_cast<size_t>(stride) * SizeOf(dtype);
@@ -55,6 +56,7 @@ absl::Status StatePool::Free(Slot slot) {
 }
 
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows) {
+  PRISTINE_RETURN_IF_ERROR(CheckDType("foreign state pool", "dtype", pool.dtype));
   const int64_t packed = pool.v_heads * kStateElements;
   const int64_t stride = pool.slot_stride == 0 ? packed : pool.slot_stride;
   const int64_t vector = 16 / static_cast<int64_t>(SizeOf(pool.dtype));

@@ -319,6 +319,13 @@ TYPED_TEST(RecurrentTest, RefusesWhatDoesNotFit) {
   StateView other = pool;
   other.v_heads = 2;
   EXPECT_STATUS(Decode(*this->stream_, 2, good, other, out.bytes()), kInvalidArgument, "slots of 2 heads");
+  bad = good;
+  bad.gates.dtype = DType::kFloat16;
+  EXPECT_STATUS(Decode(*this->stream_, 2, bad, pool, out.bytes()), kUnimplemented, "dtype is float16");
+  other = pool;
+  other.dtype = DType::kFloat16;
+  EXPECT_STATUS(Decode(*this->stream_, 2, good, other, out.bytes()), kUnimplemented, "states is float16");
+  EXPECT_STATUS(StatePool::Create(*this->device_, DType::kFloat16, 4, 2), kUnimplemented, "dtype is float16");
   EXPECT_STATUS(Commit(*this->stream_, 1, 2, good, pool, {}), kInvalidArgument, "accepted has 0 elements, needs 1");
 }
 

@@ -31,7 +31,7 @@ struct GateInputs {
 };
 
 // Queues one kernel over the first `tokens` rows; captureable. g and beta: [tokens, v_heads]. INVALID_ARGUMENT: a
-// tensor too small or misaligned, a stride below v_heads.
+// tensor too small or misaligned, a stride below v_heads. UNIMPLEMENTED: a dtype other than float32 and bfloat16.
 absl::Status Gates(Stream& stream, int32_t tokens, const GateInputs& inputs, DeviceSpan<float> g,
                    DeviceSpan<float> beta);
 

@@ -34,7 +34,8 @@ struct QkvSplitTensors {
 };
 
 // Queues one kernel over the first `tokens` rows; captureable. INVALID_ARGUMENT: a tensor too small, misaligned or
-// overlapping strides (0, or one that is negative), a norm_head_dim that is not offered.
+// overlapping strides (0, or one that is negative), a norm_head_dim that is not offered. UNIMPLEMENTED: a dtype
+// other than float32 and bfloat16.
 absl::Status QkvSplit(Stream& stream, int32_t tokens, const QkvSplitTensors& tensors);
 
 }  // namespace pristine::attention::gdn

@@ -34,6 +34,7 @@ struct RecurrentInputs {
 
 // Each queues one kernel, captureable, whose grid follows from rows, tokens and heads alone. INVALID_ARGUMENT: counts
 // below 1, a tensor too small or misaligned, a stride below the row, heads that do not fit the pool or each other.
+// UNIMPLEMENTED: a dtype other than float32 and bfloat16.
 
 // One token each: writes `out` [rows, v_heads, V] and the states, in place.
 absl::Status Decode(Stream& stream, int32_t rows, const RecurrentInputs& inputs, const StateView& states,

@@ -44,7 +44,8 @@ struct StateView {
 class StatePool {
  public:
   // `slots` usable ones, numbered 1 to `slots`; all zero. Blocks. `device` must outlive the pool, the pool every graph
-  // that uses it. INVALID_ARGUMENT: `v_heads` or `slots` below 1, a size past 2^31 - 2 slots. RESOURCE_EXHAUSTED.
+  // that uses it. INVALID_ARGUMENT: `v_heads` or `slots` below 1, a size past 2^31 - 2 slots. UNIMPLEMENTED: a
+  // dtype other than float32 and bfloat16. RESOURCE_EXHAUSTED.
   static absl::StatusOr<std::unique_ptr<StatePool>> Create(Device& device, DType dtype, int32_t v_heads, int32_t slots);
 
   // Hands out a free slot and queues its zeroing on `stream`. RESOURCE_EXHAUSTED: all are taken.
@@ -75,6 +76,7 @@ struct ForeignPool {
 
 // INVALID_ARGUMENT: the memory is too small for its slots or not aligned to 16 bytes, or kClampToZero where slot 0 is
 // allocatable: padded rows would then read a live request's state (sglang #36880).
+// UNIMPLEMENTED as Create.
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows);
 
 }  // namespace pristine::attention::gdn
