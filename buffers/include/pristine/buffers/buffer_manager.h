@@ -60,13 +60,13 @@ struct ManagerOptions {
   } restore = Restore::kGraphHead;
   OnViolation on_violation = OnViolation::kNeutralise;
   // A step whose values take up to so many bytes travels in the parameters of the prologue's node, set before the
-  // launch. A larger one is copied to the device through a staging slot, on a stream of the manager's own, and so during
-  // the replay before, if what had the slot last has run by then. A step of an engine's graph that is not attached
-  // (AttachExec) takes a slot whatever its size, and is copied on the replay's stream. 0: so are all steps.
+  // launch. A larger one is copied to the device through a staging slot, on a stream of the manager's own, and so
+  // during the replay before, if what had the slot last has run by then. A step of an engine's graph that is not
+  // attached (AttachExec) takes a slot whatever its size, and is copied on the replay's stream. 0: so are all steps.
   static constexpr size_t kMaxParameterBytes = 8192;
   size_t parameter_bytes = kMaxParameterBytes;
-  // Depth of the overlap, 2 to 64: so many steps may be armed that the device has not begun; while a replay runs they fit
-  // behind it. However a step travels; those that need a staging slot use the slots in turn.
+  // Depth of the overlap, 2 to 64: so many steps may be armed that the device has not begun; while a replay runs they
+  // fit behind it. However a step travels; those that need a staging slot use the slots in turn.
   int staging_slots = 4;
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
