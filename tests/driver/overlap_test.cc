@@ -125,7 +125,7 @@ TEST_P(Overlap, EveryPairOfPlanSourceAndRestoreEndsAsWithoutIt) {
 
 // A device that runs nothing before somebody waits shows how far the host gets ahead by itself. A table of 4000 pages
 // needs a staging slot.
-TEST(OverlapDeferred, AsManyStepsWaitAsThereAreSlotsWhileOneRuns) {
+TEST(OverlapDeferred, AsManyStepsAreInFlightAsThereAreSlots) {
   const TemporaryFile trace(".csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.00,4000,60\n");
   for (const int slots : {2, 4, 40}) {
     const DriverResult result = RunDriver(Steps({"--overlap=on", "--compare-eager=0", "--trace=" + trace.path(),
@@ -134,18 +134,17 @@ TEST(OverlapDeferred, AsManyStepsWaitAsThereAreSlotsWhileOneRuns) {
     EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
     const Json& on = result.report["overlap"]["on"];
     EXPECT_EQ(result.report["overlap"]["staging_slots"].number, slots);
-    EXPECT_EQ(on["max_in_flight"].number, slots + 1);
+    EXPECT_EQ(on["max_in_flight"].number, slots);  // what is deferred has not begun before it has ended
     EXPECT_EQ(on["ring_full"].number, 60 - slots);
   }
 }
 
-// Steps that need no slot are bounded by the driver, which keeps their results apart.
-TEST(OverlapDeferred, SmallStepsAreBoundedByTheirResults) {
+TEST(OverlapDeferred, TheDepthBoundsSmallStepsToo) {
   const DriverResult result = RunDriver(Steps({"--overlap=on", "--compare-eager=0", "--page-size=64"}),
                                         {.host_run = HostOptions::Run::kDeferred});
   EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
-  EXPECT_EQ(result.report["overlap"]["on"]["max_in_flight"].number, 4 + 2);
-  EXPECT_EQ(result.report["overlap"]["on"]["ring_full"].number, 0);
+  EXPECT_EQ(result.report["overlap"]["on"]["max_in_flight"].number, 4);
+  EXPECT_GT(result.report["overlap"]["on"]["ring_full"].number, 0);
 }
 
 class OverlapInjection : public ::testing::TestWithParam<std::pair<const char*, replay_driver::Injection>> {};

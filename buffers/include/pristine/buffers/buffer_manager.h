@@ -60,15 +60,14 @@ struct ManagerOptions {
   } restore = Restore::kGraphHead;
   OnViolation on_violation = OnViolation::kNeutralise;
   // A step whose values take up to so many bytes travels in the parameters of the prologue's node, set before the
-  // launch. A larger one is copied to the device through a staging slot, on a stream of the manager's own, and so during
-  // the replay before, if what had the slot last has run by then. A step of an engine's graph that is not attached
-  // (AttachExec) takes a slot whatever its size, and is copied on the replay's stream. 0: so are all steps.
+  // launch. A larger one is copied to the device through a staging slot, on a stream of the manager's own, and so
+  // during the replay before, if what had the slot last has run by then. A step of an engine's graph that is not
+  // attached (AttachExec) takes a slot whatever its size, and is copied on the replay's stream. 0: so are all steps.
   static constexpr size_t kMaxParameterBytes = 8192;
   size_t parameter_bytes = kMaxParameterBytes;
-  // Depth of the overlap, 2 to 64: so many steps may wait in slots, which are used in turn. One waits from its launch
-  // until the device has come to it and taken its values, so while a replay runs as many more fit behind it. A step in
-  // parameters passes its slot over, on either backend: how many of those are in flight is for the engine to bound,
-  // where it waits for their results.
+  // Depth of the overlap, 2 to 64: so many steps may wait, whether in parameters or in slots, which are used in turn.
+  // One waits from its launch until the device has begun its prologue, so while a replay runs as many more fit behind
+  // it.
   int staging_slots = 4;
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
@@ -82,8 +81,8 @@ struct ManagerOptions {
 // A manager is one ordered sequence: used by one thread at a time, and its replays follow each other on one stream, or
 // on streams that the caller orders. Checked: a second thread inside a call, or another stream while the last replay,
 // Restore or RestoreAll is still running, is FAILED_PRECONDITION. Of a graph that the engine launches by itself the
-// manager sees the prologue only: its body's end is for the engine to order. The accessors (stats, generation, name,
-// LastWriter, report_ring, …) and FindPolluter's own looks are not checked: call them from the manager's thread.
+// manager sees only that its prologue has begun: its end is for the engine to order. The accessors (stats, generation,
+// name, LastWriter, report_ring, …) and FindPolluter's own looks are not checked: call them from the manager's thread.
 // Graphs that may run at the same time need two managers. BeginStep, Refill,
 // Update, MoveRow, Keep, Replay's hooks and Poll do not allocate, lock, log or synchronize.
 class BufferManager final : public GraphHook {
@@ -132,8 +131,7 @@ class BufferManager final : public GraphHook {
 
   // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. Earlier steps may
   // still run: what is refilled and planned for this one reaches none of them. OUT_OF_RANGE: `extent` does not fit in
-  // `bucket`. RESOURCE_EXHAUSTED, at once: the slot that the step's values may need is in flight, because the device
-  // has not come to the earlier step that holds it. See WaitForSlot.
+  // `bucket`. RESOURCE_EXHAUSTED, at once: the step that came staging_slots before it has not begun. See WaitForSlot.
   absl::Status BeginStep(const Extent& bucket, const Extent& extent);
   // Takes the real values for the open step; `values` may be reused on return. Bumps the buffer's generation.
   // FAILED_PRECONDITION: no open step. INVALID_ARGUMENT: not kRefilled; values.size() is not the axis's count for the
@@ -177,8 +175,9 @@ class BufferManager final : public GraphHook {
   absl::Status MoveRow(const Buffer<T>& buffer, int64_t from, int64_t to) {
     return MoveRowBytes(buffer.id, ElementOf<T>().bytes, from, to);
   }
-  // Blocks until BeginStep would find a slot, not longer. The only call of a step that blocks. An open step stays open.
-  // The error of a stream that has failed.
+  // Blocks until BeginStep would be granted, not longer; on HostDeferred, which has to be made to run, until that
+  // earlier step's replay has ended. The only call of a step that blocks. An open step stays open. The error of a
+  // stream that has failed.
   absl::Status WaitForSlot();
 
   // How often the buffer was refilled or kept. -1: no such buffer.
