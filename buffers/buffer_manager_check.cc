@@ -17,17 +17,11 @@ using buffers::GraphEntry;
 using buffers::GuardBand;
 using buffers::PrologueMode;
 
-namespace {
-
-// Waits for copies into host memory that is about to go, whatever became of queueing the rest of them: `queued`. A wait
-// that is refused is asked for once more; after a failure of the device nothing runs any longer.
 absl::Status WaitForCopies(Stream& stream, const absl::Status& queued) {
   const absl::Status waited = stream.Synchronize();
   if (!waited.ok()) stream.Synchronize().IgnoreError();
   return queued.ok() ? waited : queued;
 }
-
-}  // namespace
 
 absl::Status BufferManager::Restore(Stream& stream) {
   const Impl::Call call(*impl_);

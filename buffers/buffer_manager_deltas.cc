@@ -116,8 +116,8 @@ absl::Status BufferManager::Impl::CheckShadows(Stream& stream, std::vector<Viola
     const Deltas& deltas = *buffer.deltas;
     if (id >= sealed_buffers || !deltas.known() || deltas.sequence() > consumed) continue;
     bytes.resize(buffers::ShadowBytes(static_cast<int64_t>(buffer.bytes)));
-    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(absl::MakeSpan(bytes), {buffer.record.shadow, bytes.size()}));
-    PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+    const absl::Status copied = stream.CopyToHost(absl::MakeSpan(bytes), {buffer.record.shadow, bytes.size()});
+    PRISTINE_RETURN_IF_ERROR(WaitForCopies(stream, copied));
     buffers::BufferRecord here = buffer.record;
     here.shadow = bytes.data();
     const int64_t tiles = (static_cast<int64_t>(buffer.bytes) + buffers::kTileBytes - 1) / buffers::kTileBytes;

@@ -294,6 +294,10 @@ class BufferManager::Impl final : public Witness {
   std::vector<End> ends;  // of the last staging_slots steps
 };
 
+// Waits for copies into host memory that is about to go, whatever became of queueing the rest of them: `queued`. A wait
+// that is refused is asked for once more; after a failure of the device nothing runs any longer.
+absl::Status WaitForCopies(Stream& stream, const absl::Status& queued);
+
 }  // namespace pristine
 
 #endif  // PRISTINE_BUFFERS_MANAGER_IMPL_H_

@@ -1,6 +1,6 @@
 # One function per kind of target. A folder's files are its list: sources are found by name, so that adding an op is adding
 # its files (docs/adding_an_op.md).
-#   <folder>/include/pristine/<folder>/*.h   the public interface
+#   <folder>/include/pristine/<folder>/**/*.h the public interface
 #   <folder>/**/*.cc                         always built, but for cuda/ folders
 #   <folder>/cuda/*.cc, <folder>/**/*.cu     built with PRISTINE_ENABLE_CUDA
 
@@ -24,7 +24,7 @@ endif()
 # pristine_library(name DEPS ... PRIVATE_DEPS ...): the static library of the current folder, pristine::name.
 function(pristine_library name)
   cmake_parse_arguments(A "" "" "DEPS;PRIVATE_DEPS" ${ARGN})
-  file(GLOB headers CONFIGURE_DEPENDS include/pristine/${name}/*.h)
+  file(GLOB_RECURSE headers CONFIGURE_DEPENDS include/pristine/${name}/*.h)
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS *.cc)
   list(FILTER sources EXCLUDE REGEX "/cuda/")
   add_library(pristine_${name} STATIC ${sources})

@@ -46,7 +46,7 @@ int64_t AvailableMemory() {
 }
 
 // Places for steps in flight. The ring of staging slots bounds them: while all slots hold values that wait for the
-// device one step more runs, and the next one is prepared. Where values need no slot, the places do.
+// device one step more runs, and the next one is prepared.
 int32_t PlacesOf(const Options& options) { return options.overlap == Overlap::kOff ? 1 : options.staging_slots + 2; }
 
 double MicrosecondsSince(std::chrono::steady_clock::time_point begin) {

@@ -27,6 +27,7 @@ from pristine._types import Axis, Buffer, Extent, Stats, Violation
 from pristine.errors import (
     AlreadyExistsError,
     DataLossError,
+    DeviceLostError,
     Error,
     FailedPreconditionError,
     InternalError,
@@ -48,6 +49,7 @@ __all__ = [
     "BufferManager",
     "DataLossError",
     "Device",
+    "DeviceLostError",
     "Error",
     "Extent",
     "FailedPreconditionError",

@@ -14,7 +14,9 @@ from pristine._device import Device
 from pristine._types import (
     Axis,
     Buffer,
+    CapturedGraph,
     DLPackTensor,
+    Extent,
     ExtentLike,
     Kind,
     Role,
@@ -88,8 +90,10 @@ class BufferManager:
         Who puts restored buffers back: the prologue, the caller with `restore`, or nobody (what engines do today).
     on_violation
         What a replay that fails validation does: run harmlessly, go on, or trap (final for the CUDA context).
+    parameter_bytes
+        Steps of at most so many bytes travel in the parameters of attached graphs (`attach_graph`). 0: none does.
     staging_slots
-        Steps that may be in flight, 2 to 64.
+        Steps that may wait in slots, 2 to 64.
     late_refill_bytes
         Room in each staging slot for refilled buffers adopted after the first `seal`.
     poison_scratch
@@ -104,18 +108,21 @@ class BufferManager:
         sample_every: int = 16,
         restore: Literal["graph_head", "stream", "off"] = "graph_head",
         on_violation: Literal["neutralise", "record", "trap"] = "neutralise",
+        parameter_bytes: int = 8192,
         staging_slots: int = 4,
         late_refill_bytes: int = 1 << 20,
         poison_scratch: bool = False,
     ) -> None:
         self._contract_error: str | None = None
         self._device = device
+        self._attached: dict[Extent, CapturedGraph] = {}
         self._handle = _ffi.create_manager(
             device._handle,
             check,
             sample_every,
             restore,
             on_violation,
+            parameter_bytes,
             staging_slots,
             late_refill_bytes,
             poison_scratch,
@@ -274,6 +281,34 @@ class BufferManager:
             older generation of another. Nothing is queued then; the message has both numbers.
         """
         _ffi.before_replay(self._handle, self._device.stream_handle(stream), *to_extent(bucket), *to_extent(extent))
+
+    @_under_contract
+    def attach_graph(self, bucket: ExtentLike, graph: CapturedGraph) -> None:
+        """Lets small steps ride in the parameters of the prologue of `graph`: no copy ahead of the launch. Blocks.
+
+        Parameters
+        ----------
+        graph
+            A ``torch.cuda.CUDAGraph(keep_graph=True)`` that was captured with `record_prologue` for `bucket` first, and
+            instantiated. Kept alive until `detach_graph`; call that before it is instantiated again or captured anew.
+
+        Raises
+        ------
+        FailedPreconditionError
+            No capture recorded this bucket's prologue, or a graph is attached to it already.
+        NotFoundError
+            The graph holds no prologue.
+        """
+        extent = to_extent(bucket)
+        _ffi.attach_exec(self._handle, *extent, graph.raw_cuda_graph(), graph.raw_cuda_graph_exec())
+        self._attached[extent] = graph
+
+    @_under_contract
+    def detach_graph(self, bucket: ExtentLike) -> None:
+        """Steps of `bucket` are copied ahead of the launch again. `NotFoundError`: none is attached."""
+        extent = to_extent(bucket)
+        _ffi.detach_exec(self._handle, *extent)
+        del self._attached[extent]
 
     # --- restore and check ---
 

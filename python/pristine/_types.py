@@ -16,6 +16,13 @@ class DLPackTensor(Protocol):
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
+class CapturedGraph(Protocol):
+    """torch.cuda.CUDAGraph, from PyTorch 2.11 on."""
+
+    def raw_cuda_graph(self) -> int: ...
+    def raw_cuda_graph_exec(self) -> int: ...
+
+
 class Extent(NamedTuple):
     """How large a step is: requests, and query tokens over all of them (in decode as many)."""
 

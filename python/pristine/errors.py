@@ -51,6 +51,11 @@ class InternalError(Error):
     """The driver or a kernel failed; final for that stream."""
 
 
+class DeviceLostError(Error):
+    """The device's context is dead; every later call raises this. The message has the first failure, and the last
+    violation that was recorded; `BufferManager.poll` and what was read before still answer."""
+
+
 for _class, _code in {
     InvalidArgumentError: "INVALID_ARGUMENT",
     OutOfRangeError: "OUT_OF_RANGE",
@@ -62,9 +67,10 @@ for _class, _code in {
     UnimplementedError: "UNIMPLEMENTED",
     UnavailableError: "UNAVAILABLE",
     InternalError: "INTERNAL",
+    DeviceLostError: "ABORTED",
 }.items():
     tvm_ffi.register_error(f"pristine.{_code}", _class)
 
 # The rest of absl's codes, which have no meaning of their own here: still an Error, never a bare RuntimeError.
-for _code in ("CANCELLED", "UNKNOWN", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "ABORTED", "UNAUTHENTICATED"):
+for _code in ("CANCELLED", "UNKNOWN", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED"):
     tvm_ffi.register_error(f"pristine.{_code}", Error)

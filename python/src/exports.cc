@@ -84,15 +84,16 @@ void Synchronize(const DeviceRef& device) { ThrowIfError(device->device->Synchro
 // --- set-up ----------------------------------------------------------------------------------------------------------
 
 ManagerRef CreateManager(const DeviceRef& device, const ffi::String& check, int64_t sample_every,
-                         const ffi::String& restore, const ffi::String& on_violation, int64_t staging_slots,
-                         int64_t late_refill_bytes, bool poison_scratch) {
+                         const ffi::String& restore, const ffi::String& on_violation, int64_t parameter_bytes,
+                         int64_t staging_slots, int64_t late_refill_bytes, bool poison_scratch) {
   ManagerOptions options;
   options.check = Named("check", check, kChecks);
   options.sample_every = Int32("sample_every", sample_every);
   options.restore = Named("restore", restore, kRestores);
   options.on_violation = Named("on_violation", on_violation, kOnViolation);
+  options.parameter_bytes = static_cast<size_t>(parameter_bytes);  // a negative one is refused as too large
   options.staging_slots = Int32("staging_slots", staging_slots);
-  options.late_refill_bytes = static_cast<size_t>(late_refill_bytes);  // a negative one is refused as too large
+  options.late_refill_bytes = static_cast<size_t>(late_refill_bytes);  // the same
   options.poison_scratch = poison_scratch;
   return ManagerRef(Take(ManagerObj::Create(device, options)));
 }
@@ -154,6 +155,17 @@ void BeforeReplay(const ManagerRef& manager, int64_t stream, int64_t bucket_requ
   const ManagerObj::Call call(*manager.get());
   ThrowIfError(manager->manager().BeforeReplay(*Take(manager->StreamOf(stream)),
                                                ToExtent(bucket_requests, bucket_tokens), ToExtent(requests, tokens)));
+}
+
+void AttachExec(const ManagerRef& manager, int64_t requests, int64_t tokens, int64_t graph, int64_t exec) {
+  const ManagerObj::Call call(*manager.get());
+  ThrowIfError(manager->manager().AttachExec(ToExtent(requests, tokens), reinterpret_cast<void*>(graph),
+                                             reinterpret_cast<void*>(exec)));
+}
+
+void DetachExec(const ManagerRef& manager, int64_t requests, int64_t tokens) {
+  const ManagerObj::Call call(*manager.get());
+  ThrowIfError(manager->manager().DetachExec(ToExtent(requests, tokens)));
 }
 
 // --- restore and check -----------------------------------------------------------------------------------------------
@@ -237,6 +249,8 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(keep, Keep);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(wait_for_slot, WaitForSlot);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_prologue, RecordPrologue);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(before_replay, BeforeReplay);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attach_exec, AttachExec);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(detach_exec, DetachExec);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(restore, Restore);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(restore_all, RestoreAll);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(poll, Poll);

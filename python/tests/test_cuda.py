@@ -31,8 +31,8 @@ class Rig:
         self.manager.adopt("work", self.work, role="restored")
         self.manager.seal()
 
-    def capture(self):
-        self.graph = torch.cuda.CUDAGraph()
+    def capture(self, **options):
+        self.graph = torch.cuda.CUDAGraph(**options)
         with torch.cuda.graph(self.graph):
             self.manager.record_prologue(4)
             self.seen.copy_(self.memory)
@@ -70,6 +70,24 @@ def test_steps_in_flight_take_their_own_values(rig):
         seen.append(rig.seen.clone())
     assert [int(each[0]) for each in seen] == [value % 100 for value in range(100)]
     assert rig.manager.verify() == []
+
+
+def test_small_steps_ride_in_the_parameters_of_an_attached_graph():
+    rig = Rig()
+    rig.capture(keep_graph=True)
+    rig.graph.instantiate()
+    rig.manager.attach_graph(4, rig.graph)
+    seen = []
+    for value in range(100):
+        rig.arm(value % 100)
+        rig.graph.replay()
+        seen.append(rig.seen.clone())
+    assert [int(each[0]) for each in seen] == [value % 100 for value in range(100)]
+    rig.manager.detach_graph(4)
+    rig.arm(7, 8)
+    rig.graph.replay()
+    assert rig.seen.tolist() == [7, 8, 0, 0]
+    assert rig.manager.verify() == [] and rig.manager.stats().neutralised == 0
 
 
 def test_any_current_stream_is_used(rig):

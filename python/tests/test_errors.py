@@ -13,7 +13,7 @@ from pristine import Axis
 
 def test_all_classes_are_errors_of_pristine():
     classes = [getattr(pristine, name) for name in pristine.__all__ if name.endswith("Error")]
-    assert len(classes) == 11
+    assert len(classes) == 12
     assert all(issubclass(each, pristine.Error) for each in classes)
 
 
@@ -24,6 +24,11 @@ def test_no_status_is_outside_the_hierarchy():
     for code in codes:  # as status.h names them
         error = tvm_ffi.core.Error(f"pristine.{code}", "message", "").py_error()
         assert isinstance(error, pristine.Error) and str(error) == "message"
+
+
+def test_a_lost_device_has_a_class():
+    error = tvm_ffi.core.Error("pristine.ABORTED", "message", "").py_error()
+    assert isinstance(error, pristine.DeviceLostError)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_wrong_values_are_an_invalid_argument_and_the_step_goes_on(rig, values, 
 def test_codes_map_to_classes(rig):
     m = rig.manager
     for option in ({"check": "never"}, {"restore": "no"}, {"on_violation": "abort"}, {"staging_slots": 1},
-                   {"sample_every": 0}, {"late_refill_bytes": -1}, {"staging_slots": 2**40}):
+                   {"sample_every": 0}, {"late_refill_bytes": -1}, {"parameter_bytes": -1}, {"staging_slots": 2**40}):
         with pytest.raises(pristine.InvalidArgumentError, match=next(iter(option))):
             pristine.BufferManager(rig.device, **option)
     with pytest.raises(pristine.AlreadyExistsError, match="lengths"):
@@ -139,6 +144,23 @@ def test_a_buffer_of_another_manager_is_an_invalid_argument(rig):
 # --- contract errors ---
 
 
+class Graph:
+    """What attach_graph asks a captured graph for."""
+
+    def raw_cuda_graph(self):
+        return 0
+
+    def raw_cuda_graph_exec(self):
+        return 0
+
+
+def test_a_graph_that_nobody_captured_is_not_attached(rig):
+    with pytest.raises(pristine.NotFoundError, match="no exec attached"):
+        rig.manager.detach_graph(4)
+    with pytest.raises(pristine.FailedPreconditionError, match="no capture recorded the prologue"):
+        rig.manager.attach_graph(4, Graph())
+
+
 def calls(rig):
     """Every call of a manager but the accessors."""
     m = rig.manager
@@ -156,6 +178,8 @@ def calls(rig):
         m.poll,
         m.verify,
         lambda: m.signature_hash(4),
+        lambda: m.attach_graph(4, Graph()),
+        lambda: m.detach_graph(4),
     ]
 
 

@@ -598,8 +598,8 @@ TYPED_TEST(DeltasTest, AKernelThatWritesAShadowIsNamed) {
   EXPECT_STREQ(found[0].node, "set_value_undeclared");
 }
 
-// A table of 128 KB: its updates ride in the node's parameters, a whole refill does not fit there.
-TYPED_TEST(DeltasTest, UpdatesOfALargeTableNeedNoSlot) {
+// A table of 128 KB: its updates ride in parameters, a whole refill does not fit there.
+TYPED_TEST(DeltasTest, UpdatesOfALargeTableInFlightEachTakeTheirOwn) {
   constexpr int32_t kColumns = 128, kRows = 256;
   constexpr Extent kBatch{kRows, kRows};
   ManagerOptions options;

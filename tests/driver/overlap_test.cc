@@ -123,64 +123,22 @@ TEST_P(Overlap, EveryPairOfPlanSourceAndRestoreEndsAsWithoutIt) {
   }
 }
 
-// A device that runs nothing before somebody waits shows how far the host gets ahead by itself. A table of 4000 pages
-// needs a staging slot.
-TEST(OverlapDeferred, AsManyStepsAreInFlightAsThereAreSlots) {
+// A device that runs nothing before somebody waits shows how far the host gets ahead by itself: by as many steps as the
+// ring is deep, whether they need a staging slot, as a table of 4000 pages does, or ride in parameters.
+TEST(OverlapDeferred, AsManyStepsWaitAsTheRingIsDeep) {
   const TemporaryFile trace(".csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.00,4000,60\n");
-  for (const int slots : {2, 4, 40}) {
-    const DriverResult result = RunDriver(Steps({"--overlap=on", "--compare-eager=0", "--trace=" + trace.path(),
-                                                 absl::StrCat("--staging-slots=", slots)}),
-                                          {.host_run = HostOptions::Run::kDeferred});
-    EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
-    const Json& on = result.report["overlap"]["on"];
-    EXPECT_EQ(result.report["overlap"]["staging_slots"].number, slots);
-    EXPECT_EQ(on["max_in_flight"].number, slots);  // what is deferred has not begun before it has ended
-    EXPECT_EQ(on["ring_full"].number, 60 - slots);
+  for (const char* page_size : {"--page-size=1", "--page-size=64"}) {
+    for (const int slots : {2, 4, 40}) {
+      const DriverResult result = RunDriver(Steps({"--overlap=on", "--compare-eager=0", "--trace=" + trace.path(),
+                                                   page_size, absl::StrCat("--staging-slots=", slots)}),
+                                            {.host_run = HostOptions::Run::kDeferred});
+      EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
+      const Json& on = result.report["overlap"]["on"];
+      EXPECT_EQ(result.report["overlap"]["staging_slots"].number, slots);
+      EXPECT_EQ(on["max_in_flight"].number, slots) << page_size;
+      EXPECT_EQ(on["ring_full"].number, 60 - slots) << page_size;
+    }
   }
-}
-
-TEST(OverlapDeferred, TheDepthBoundsSmallStepsToo) {
-  const DriverResult result = RunDriver(Steps({"--overlap=on", "--compare-eager=0", "--page-size=64"}),
-                                        {.host_run = HostOptions::Run::kDeferred});
-  EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
-  EXPECT_EQ(result.report["overlap"]["on"]["max_in_flight"].number, 4);
-  EXPECT_GT(result.report["overlap"]["on"]["ring_full"].number, 0);
-}
-
-class OverlapInjection : public ::testing::TestWithParam<std::pair<const char*, replay_driver::Injection>> {};
-TEST_P(OverlapInjection, EndsAsWithoutOverlap) {
-  const std::vector<std::string> args = Steps({"--compare-eager=3", absl::StrCat("--inject=", GetParam().first)}, 60);
-  EXPECT_EQ(Facts(RunDriver(args + std::vector<std::string>{"--overlap=on"})), Facts(RunDriver(args)));
-}
-INSTANTIATE_TEST_SUITE_P(Table, OverlapInjection, ::testing::ValuesIn(replay_driver::InjectionChoices()),
-                         [](const auto& param_info) {
-                           std::string name = param_info.param.first;
-                           for (char& c : name) c = c == '-' ? '_' : c;
-                           return name;
-                         });
-
-TEST(OverlapSmallSteps, AReusedSlotIsFoundToo) {
-  const DriverResult result = RunDriver(Steps({"--overlap=on", "--page-size=64", "--inject=reused-slot"}, 60));
-  EXPECT_EQ(result.code, ExitCode::kViolation) << result.err;
-  EXPECT_NE(result.err.find("staging slots are in flight"), std::string::npos) << result.err;
-}
-
-TEST(OverlapFailure, StepsAheadOfTheFailureCountAndTheFirstOneIsNamed) {
-  int replays = 0;
-  const auto damage_later = [&replays](Stream& stream, replay_driver::DecodeModel& model) {
-    return ++replays == 10 ? stream.Fill(model.out(0).Sub(0, 4), std::byte{0x3f}) : absl::OkStatus();
-  };
-  const DriverResult damaged = RunDriver(Steps({"--overlap=on", "--compare-eager=1"}), {.after_replay = damage_later});
-  EXPECT_EQ(damaged.code, ExitCode::kMismatch);
-  EXPECT_EQ(damaged.report["same_mismatches"].number, 1);
-  replays = 0;
-  const auto fail_later = [&replays](Stream&, replay_driver::DecodeModel&) {
-    return ++replays == 10 ? absl::FailedPreconditionError("not today") : absl::OkStatus();
-  };
-  const DriverResult failed = RunDriver(Steps({"--overlap=on"}), {.after_replay = fail_later});
-  EXPECT_EQ(failed.code, ExitCode::kInternal);
-  EXPECT_EQ(failed.err, "replay_driver: not today\n");
-  EXPECT_EQ(failed.report["replays"].number, 9);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -83,6 +84,7 @@ class Life {
          true},
         {"adopted", [this] { return Adopt(); }, true},
         {"bulky", [this] { return Add(bulky_, "bulky", Role::kRefilled, std::vector<int32_t>(2048)); }, true},
+        {"table", [this] { return AddTable(); }, true},
         {"protect", [this] { return manager_->Protect("k", k_.As<const std::byte>(), 4); }, true},
         {"seal", [this] { return manager_->Seal(); }, true},
         {"runner", [this] { return MakeRunner(); }, true},
@@ -214,6 +216,32 @@ class Life {
     return absl::OkStatus();
   }
 
+  absl::Status AddTable() {
+    BufferSpec spec;
+    spec.name = "table";
+    spec.role = Role::kRefilled;
+    spec.kind = Kind::kPageTable;
+    spec.axis = Axis::Rows(kColumns);
+    spec.dummy = kDummyPage;
+    spec.deltas = true;
+    PRISTINE_ASSIGN_OR_RETURN(table_, manager_->Register<int32_t>(spec, std::vector<int32_t>(4 * kColumns, 1)));
+    pages_.resize(4 * kColumns);
+    return absl::OkStatus();
+  }
+  // Changes one page, and gives the rows that this step's extent adds.
+  absl::Status UpdateTable(int32_t rows) {
+    const int32_t first = std::min(table_rows_, rows);
+    for (size_t i = static_cast<size_t>(first * kColumns); i < static_cast<size_t>(rows * kColumns); ++i) {
+      pages_[i] = ++last_page_;
+    }
+    pages_[1] = ++last_page_;
+    const std::vector<BufferManager::Range> ranges = {{1, 1}, {first * kColumns, (rows - first) * kColumns}};
+    std::vector<int32_t> values = {pages_[1]};
+    values.insert(values.end(), pages_.begin() + first * kColumns, pages_.begin() + rows * kColumns);
+    table_rows_ = rows;
+    return manager_->Update<int32_t>(table_, ranges, values);
+  }
+
   absl::Status Adopt() {
     BufferSpec spec;
     spec.name = "adopted";
@@ -256,6 +284,7 @@ class Life {
                                                 .slots = slots,
                                                 .positions = positions}));
     PRISTINE_RETURN_IF_ERROR(manager_->Refill<int32_t>(bulky_, bulky));
+    PRISTINE_RETURN_IF_ERROR(UpdateTable(rows));
     return plan_->Plan(bucket, lengths);
   }
 
@@ -295,13 +324,15 @@ class Life {
   // That the last replay gave attention over the case's first `rows`, and the counter one above its original.
   absl::Status Check(const Extent& bucket, int32_t rows) {
     std::vector<float> out(out_.bytes() / sizeof(float)), lse(lse_.bytes() / sizeof(float));
-    std::vector<int32_t> seen(4);
+    std::vector<int32_t> seen(4), table(pages_.size());
     const auto read = [this](auto& to, const DeviceBuffer& from) {
       return stream_->CopyToHost({reinterpret_cast<std::byte*>(to.data()), from.bytes()}, from.As<const std::byte>());
     };
     absl::Status status = read(out, out_);
     if (status.ok()) status = read(lse, lse_);
     if (status.ok()) status = read(seen, seen_);
+    const absl::Span<std::byte> pages = {reinterpret_cast<std::byte*>(table.data()), table_.live.bytes()};
+    if (status.ok()) status = stream_->CopyToHost(pages, AsBytes(table_.live));
     const absl::Status waited = stream_->Synchronize();
     if (!waited.ok()) {  // the copies must not outlive their memory
       EXPECT_OK(stream_->Synchronize());
@@ -309,6 +340,9 @@ class Life {
     PRISTINE_RETURN_IF_ERROR(status);
     PRISTINE_RETURN_IF_ERROR(waited);
     EXPECT_EQ(seen, (std::vector<int32_t>{6, 7, 0, 0}));
+    for (int32_t i = 0; i < bucket.requests * kColumns; ++i) {
+      EXPECT_EQ(table[i], i < rows * kColumns ? pages_[i] : kDummyPage) << "page " << i << " of the table";
+    }
     const OracleRow nothing = {.out = {}, .lse = -std::numeric_limits<double>::infinity()};
     for (int32_t row = 0; row < bucket.requests; ++row) {
       for (int32_t head = 0; head < kLifeShape.q_heads; ++head) {
@@ -400,6 +434,11 @@ class Life {
   std::unique_ptr<attention::DecodePlan> plan_;
   std::unique_ptr<attention::PagedDecode> decode_;
   Buffer<int32_t> constant_, counter_, bulky_, late_;
+  static constexpr int32_t kColumns = 3, kDummyPage = 0;
+  Buffer<int32_t> table_;       // takes deltas
+  std::vector<int32_t> pages_;  // what it should hold
+  int32_t table_rows_ = 0;      // of the last step that was tried: what the rows past it hold depends on what failed
+  int32_t last_page_ = 0;
   std::unique_ptr<GraphRunner> runner_;
   EngineLaunch launch_;
   bool armed_ = false;     // the engine's next launch takes a step

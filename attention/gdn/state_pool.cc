@@ -1,0 +1,79 @@
+#include "pristine/attention/gdn/state_pool.h"
+
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "attention/gdn/check.h"
+#include "pristine/graph_runtime/status.h"
+
+namespace pristine::attention::gdn {
+
+absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(Device& device, DType dtype, int32_t v_heads,
+                                                             int32_t slots) {
+  if (v_heads < 1 || slots < 1 || slots > std::numeric_limits<int32_t>::max() - 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("state pool: v_heads is ", v_heads, " and slots ", slots, "; both must be at least 1"));
+  }
+  auto pool = std::unique_ptr<StatePool>(new StatePool);
+  const int64_t stride = v_heads * kStateElements;
+  const size_t slot_bytes = static_cast<size_t>(stride) * SizeOf(dtype);
+  if (slot_bytes > std::numeric_limits<size_t>::max() / 2 / (static_cast<size_t>(slots) + 1)) {
+    return absl::InvalidArgumentError(absl::StrCat("state pool: ", slots, " slots of ", slot_bytes, " bytes"));
+  }
+  const size_t bytes = slot_bytes * (static_cast<size_t>(slots) + 1);  // with slot 0
+  PRISTINE_ASSIGN_OR_RETURN(pool->memory_, device.Allocate(bytes, "GDN states"));
+  PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());
+  PRISTINE_RETURN_IF_ERROR(stream->Fill(pool->memory_.As<std::byte>(), std::byte{0}));
+  PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
+  pool->view_ = {dtype, v_heads, slots + 1, stride, pool->memory_.As<std::byte>(), PaddedRows::kSkip};
+  pool->taken_.resize(static_cast<size_t>(slots) + 1);
+  pool->free_.reserve(static_cast<size_t>(slots));
+  for (Slot slot = slots; slot >= 1; --slot) pool->free_.push_back(slot);
+  return pool;
+}
+
+absl::StatusOr<Slot> StatePool::Allocate(Stream& stream) {
+  if (free_.empty()) {
+    return absl::ResourceExhaustedError(absl::StrCat("state pool: all ", view_.slots - 1, " slots are taken"));
+  }
+  const Slot slot = free_.back();
+  const size_t bytes = static_cast<size_t>(view_.slot_stride) * SizeOf(view_.dtype);
+  PRISTINE_RETURN_IF_ERROR(stream.Fill(view_.states.Sub(static_cast<size_t>(slot) * bytes, bytes), std::byte{0}));
+  free_.pop_back();
+  taken_[static_cast<size_t>(slot)] = true;
+  return slot;
+}
+
+absl::Status StatePool::Free(Slot slot) {
+  if (slot < 1 || slot >= view_.slots || !taken_[static_cast<size_t>(slot)]) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("state pool: slot ", slot, " is not handed out; slots are in [1, ", view_.slots, ")"));
+  }
+  taken_[static_cast<size_t>(slot)] = false;
+  free_.push_back(slot);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows) {
+  const int64_t packed = pool.v_heads * kStateElements;
+  const int64_t stride = pool.slot_stride == 0 ? packed : pool.slot_stride;
+  const int64_t vector = 16 / static_cast<int64_t>(SizeOf(pool.dtype));
+  constexpr int64_t kMaxStride = int64_t{1} << 31;
+  if (pool.v_heads < 1 || pool.slots < 1 || pool.first_allocatable_slot < 0 || stride < packed || stride > kMaxStride ||
+      stride % vector != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "foreign state pool: ", pool.slots, " slots of ", pool.v_heads, " heads, ", stride,
+        " elements apart, from slot ", pool.first_allocatable_slot, "; counts must be at least 1, the stride in [",
+        packed, ", ", kMaxStride, "] and a multiple of ", vector, ", the first slot at least 0"));
+  }
+  if (padded_rows == PaddedRows::kClampToZero && pool.first_allocatable_slot == 0) {
+    return absl::InvalidArgumentError(
+        "foreign state pool: kClampToZero where slot 0 is allocatable: padded rows would use a live request's state; "
+        "reserve slot 0 (first_allocatable_slot >= 1) or use kSkip");
+  }
+  PRISTINE_RETURN_IF_ERROR(CheckTensor("foreign state pool", "states", pool.states.address(), pool.states.bytes(),
+                                       SizeOf(pool.dtype), (pool.slots - 1) * stride + packed, 16));
+  return StateView{pool.dtype, pool.v_heads, pool.slots, stride, pool.states, padded_rows};
+}
+
+}  // namespace pristine::attention::gdn

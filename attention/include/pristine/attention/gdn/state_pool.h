@@ -1,0 +1,82 @@
+// StatePool: the recurrent states of all requests, one slot each. Slot 0 is reserved and never handed out: it is where
+// a foreign kernel that clamps -1 to 0 does its harm.
+#ifndef PRISTINE_ATTENTION_GDN_STATE_POOL_H_
+#define PRISTINE_ATTENTION_GDN_STATE_POOL_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "pristine/attention/types.h"
+#include "pristine/graph_runtime/device.h"
+#include "pristine/graph_runtime/memory.h"
+#include "pristine/graph_runtime/stream.h"
+
+namespace pristine::attention::gdn {
+
+inline constexpr int32_t kHeadDim = 128;  // K and V: the size of every model that ships
+inline constexpr int64_t kStateElements = int64_t{kHeadDim} * kHeadDim;
+
+using Slot = int32_t;
+inline constexpr Slot kNoSlot = -1;  // of padded rows
+
+// What an op does with a row whose slot is -1 or past the pool.
+enum class PaddedRows {
+  kSkip,         // reads and writes no state; its output is 0
+  kClampToZero,  // reads slot 0 in its place and does not store: what sglang PR #22921 does. For foreign pools
+};
+
+// How ops see a pool: [slots, v_heads, V, K], the K of one V row next to each other (transposed to FLA's default).
+// Does not own it.
+struct StateView {
+  DType dtype = DType::kFloat32;
+  int32_t v_heads = 0;
+  int32_t slots = 0;
+  int64_t slot_stride = 0;  // elements from slot to slot, at least v_heads * V * K
+  DeviceSpan<std::byte> states = {};
+  PaddedRows padded_rows = PaddedRows::kSkip;
+};
+
+// Used by one thread at a time.
+class StatePool {
+ public:
+  // `slots` usable ones, numbered 1 to `slots`; all zero. Blocks. `device` must outlive the pool, the pool every graph
+  // that uses it. INVALID_ARGUMENT: `v_heads` or `slots` below 1, a size past 2^31 - 2 slots. RESOURCE_EXHAUSTED.
+  static absl::StatusOr<std::unique_ptr<StatePool>> Create(Device& device, DType dtype, int32_t v_heads, int32_t slots);
+
+  // Hands out a free slot and queues its zeroing on `stream`. RESOURCE_EXHAUSTED: all are taken.
+  absl::StatusOr<Slot> Allocate(Stream& stream);
+  // INVALID_ARGUMENT: a slot that is not handed out, 0 and -1 included.
+  absl::Status Free(Slot slot);
+
+  int32_t free_slots() const { return static_cast<int32_t>(free_.size()); }
+  const StateView& view() const { return view_; }
+
+ private:
+  StatePool() = default;
+  DeviceBuffer memory_;
+  StateView view_;
+  std::vector<Slot> free_;
+  std::vector<bool> taken_;  // by slot
+};
+
+// A pool that an engine owns.
+struct ForeignPool {
+  DType dtype = DType::kFloat32;
+  int32_t v_heads = 0;
+  int32_t slots = 0;
+  int64_t slot_stride = 0;  // elements; 0: the slots follow each other
+  DeviceSpan<std::byte> states = {};
+  Slot first_allocatable_slot = 1;  // the smallest that the engine's allocator hands out
+};
+
+// INVALID_ARGUMENT: the memory is too small for its slots or not aligned to 16 bytes, or kClampToZero where slot 0 is
+// allocatable: padded rows would then read a live request's state (sglang #36880).
+absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows);
+
+}  // namespace pristine::attention::gdn
+
+#endif  // PRISTINE_ATTENTION_GDN_STATE_POOL_H_
