@@ -65,14 +65,8 @@ struct ManagerOptions {
   // attached (AttachExec) takes a slot whatever its size, and is copied on the replay's stream. 0: so are all steps.
   static constexpr size_t kMaxParameterBytes = 8192;
   size_t parameter_bytes = kMaxParameterBytes;
-<<<<<<< HEAD
-  // Depth of the overlap, 2 to 64: so many steps may wait, whether in parameters or in slots, which are used in turn.
-  // One waits from its launch until the device has begun its prologue, so while a replay runs as many more fit behind
-  // it.
-=======
   // Depth of the overlap, 2 to 64: so many steps may be armed that the device has not begun; while a replay runs they fit
   // behind it. However a step travels; those that need a staging slot use the slots in turn.
->>>>>>> int
   int staging_slots = 4;
   size_t late_refill_bytes =
       1u << 20;  // room in each staging slot for kRefilled buffers registered after the first capture
