@@ -141,5 +141,41 @@ TEST(OverlapDeferred, AsManyStepsWaitAsTheRingIsDeep) {
   }
 }
 
+class OverlapInjection : public ::testing::TestWithParam<std::pair<const char*, replay_driver::Injection>> {};
+TEST_P(OverlapInjection, EndsAsWithoutOverlap) {
+  const std::vector<std::string> args = Steps({"--compare-eager=3", absl::StrCat("--inject=", GetParam().first)}, 60);
+  EXPECT_EQ(Facts(RunDriver(args + std::vector<std::string>{"--overlap=on"})), Facts(RunDriver(args)));
+}
+INSTANTIATE_TEST_SUITE_P(Table, OverlapInjection, ::testing::ValuesIn(replay_driver::InjectionChoices()),
+                         [](const auto& param_info) {
+                           std::string name = param_info.param.first;
+                           for (char& c : name) c = c == '-' ? '_' : c;
+                           return name;
+                         });
+
+TEST(OverlapSmallSteps, AReusedSlotIsFoundToo) {
+  const DriverResult result = RunDriver(Steps({"--overlap=on", "--page-size=64", "--inject=reused-slot"}, 60));
+  EXPECT_EQ(result.code, ExitCode::kViolation) << result.err;
+  EXPECT_NE(result.err.find("staging slots are in flight"), std::string::npos) << result.err;
+}
+
+TEST(OverlapFailure, StepsAheadOfTheFailureCountAndTheFirstOneIsNamed) {
+  int replays = 0;
+  const auto damage_later = [&replays](Stream& stream, replay_driver::DecodeModel& model) {
+    return ++replays == 10 ? stream.Fill(model.out(0).Sub(0, 4), std::byte{0x3f}) : absl::OkStatus();
+  };
+  const DriverResult damaged = RunDriver(Steps({"--overlap=on", "--compare-eager=1"}), {.after_replay = damage_later});
+  EXPECT_EQ(damaged.code, ExitCode::kMismatch);
+  EXPECT_EQ(damaged.report["same_mismatches"].number, 1);
+  replays = 0;
+  const auto fail_later = [&replays](Stream&, replay_driver::DecodeModel&) {
+    return ++replays == 10 ? absl::FailedPreconditionError("not today") : absl::OkStatus();
+  };
+  const DriverResult failed = RunDriver(Steps({"--overlap=on"}), {.after_replay = fail_later});
+  EXPECT_EQ(failed.code, ExitCode::kInternal);
+  EXPECT_EQ(failed.err, "replay_driver: not today\n");
+  EXPECT_EQ(failed.report["replays"].number, 9);
+}
+
 }  // namespace
 }  // namespace pristine::testing

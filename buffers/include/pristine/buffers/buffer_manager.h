@@ -80,8 +80,8 @@ struct ManagerOptions {
 // A manager is one ordered sequence: used by one thread at a time, and its replays follow each other on one stream, or
 // on streams that the caller orders. Checked: a second thread inside a call, or another stream while the last replay,
 // Restore or RestoreAll is still running, is FAILED_PRECONDITION. Of a graph that the engine launches by itself the
-// manager sees the prologue only: its body's end is for the engine to order. The accessors (stats, generation, name,
-// LastWriter, report_ring, …) and FindPolluter's own looks are not checked: call them from the manager's thread.
+// manager sees only that its prologue has begun: its end is for the engine to order. The accessors (stats, generation,
+// name, LastWriter, report_ring, …) and FindPolluter's own looks are not checked: call them from the manager's thread.
 // Graphs that may run at the same time need two managers. BeginStep, Refill,
 // Update, MoveRow, Keep, Replay's hooks and Poll do not allocate, lock, log or synchronize.
 class BufferManager final : public GraphHook {
@@ -130,8 +130,7 @@ class BufferManager final : public GraphHook {
 
   // Opens a step for `bucket` with real extent `extent`; drops an open step that was not replayed. Earlier steps may
   // still run: what is refilled and planned for this one reaches none of them. OUT_OF_RANGE: `extent` does not fit in
-  // `bucket`. RESOURCE_EXHAUSTED, at once: the slot that the step's values may need is in flight, because the device
-  // has not come to the earlier step that holds it. See WaitForSlot.
+  // `bucket`. RESOURCE_EXHAUSTED, at once: the step that came staging_slots before it has not begun. See WaitForSlot.
   absl::Status BeginStep(const Extent& bucket, const Extent& extent);
   // Takes the real values for the open step; `values` may be reused on return. Bumps the buffer's generation.
   // FAILED_PRECONDITION: no open step. INVALID_ARGUMENT: not kRefilled; values.size() is not the axis's count for the
@@ -175,8 +174,9 @@ class BufferManager final : public GraphHook {
   absl::Status MoveRow(const Buffer<T>& buffer, int64_t from, int64_t to) {
     return MoveRowBytes(buffer.id, ElementOf<T>().bytes, from, to);
   }
-  // Blocks until BeginStep would find a slot, not longer. The only call of a step that blocks. An open step stays open.
-  // The error of a stream that has failed.
+  // Blocks until BeginStep would be granted, not longer; on HostDeferred, which has to be made to run, until that
+  // earlier step's replay has ended. The only call of a step that blocks. An open step stays open. The error of a
+  // stream that has failed.
   absl::Status WaitForSlot();
 
   // How often the buffer was refilled or kept. -1: no such buffer.
