@@ -54,7 +54,7 @@ double WasteOf(int64_t requests, int64_t rows) {
 std::string CountText(int64_t count) {
   std::string digits = absl::StrCat(count);
   for (int64_t at = static_cast<int64_t>(digits.size()) - 3; at > (count < 0 ? 1 : 0); at -= 3) {
-    digits.insert(static_cast<size_t>(at), ",");
+    digits.insert(static_cast<size_t>(at), 1, ',');
   }
   return digits;
 }
