@@ -108,8 +108,7 @@ absl::StatusOr<std::unique_ptr<Pair>> Pair::Create(Device& device, ManagerOption
     pair->plan_config_ = PlanConfig(load.bucket);
     pair->plan_lengths_ = Ramp(static_cast<size_t>(load.bucket), 37);
     for (int32_t& length : pair->plan_lengths_) length = 1 + length % 4096;
-    const int items =
-        attention::MaxItems(pair->plan_config_, {load.bucket, load.bucket}, device.multiprocessors());
+    const int items = attention::MaxItems(pair->plan_config_, {load.bucket, load.bucket}, device.multiprocessors());
     pair->plan_items_.resize(static_cast<size_t>(items));
     pair->plan_indptr_.resize(static_cast<size_t>(load.bucket) + 1);
   }
@@ -189,9 +188,9 @@ absl::Status Pair::RunBare(double* cpu_us) {
 }
 
 absl::Status Pair::Plan(size_t real) {
-  return attention::PlanItems(plan_config_, {load_.bucket, load_.bucket},
-                              manager_->device().multiprocessors(), absl::MakeConstSpan(plan_lengths_).first(real),
-                              absl::MakeSpan(plan_items_), absl::MakeSpan(plan_indptr_))
+  return attention::PlanItems(plan_config_, {load_.bucket, load_.bucket}, manager_->device().multiprocessors(),
+                              absl::MakeConstSpan(plan_lengths_).first(real), absl::MakeSpan(plan_items_),
+                              absl::MakeSpan(plan_indptr_))
       .status();
 }
 

@@ -153,8 +153,7 @@ TYPED_TEST(InjectTest, ARefusedReplayNamesBothNumbersAndTheRunGoesOn) {
       {"other-bucket", 1,
        "refused in step 10: replay of bucket {8 requests, 8 tokens} with extent {2 requests, 2 tokens}, but the open "
        "step 11 is for bucket {2 requests, 2 tokens}"},
-      {"reused-slot", 2,
-       "refused in step 10: all 4 staging slots are in flight: step 11 has not begun"},
+      {"reused-slot", 2, "refused in step 10: all 4 staging slots are in flight: step 11 has not begun"},
   };
   for (const Misuse& misuse : misuses) {
     SCOPED_TRACE(misuse.injection);

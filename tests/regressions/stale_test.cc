@@ -105,9 +105,8 @@ TYPED_TEST(StaleRegression, FlashInfer3904AGraphThatTakesNoStepIsRefused) {
   launch = nullptr;
   ASSERT_OK_AND_ASSIGN(launch, capture(true));
   ASSERT_OK(step(launch, 5));
-  EXPECT_EQ(
-      Describe(this->Poll()),
-      "armed more than once for one launch: expected step 1, found 2 (graph {4 requests, 4 tokens}, replay 2)\n");
+  EXPECT_EQ(Describe(this->Poll()),
+            "armed more than once for one launch: expected step 1, found 2 (graph {4 requests, 4 tokens}, replay 2)\n");
   ASSERT_OK(step(launch, 6));
   EXPECT_EQ(this->Read(seen), (Ints{0, 6, 6, 6, 6}));
   EXPECT_EQ(Describe(this->Poll()), "");
