@@ -1,7 +1,8 @@
 // One block per (request, value head, part of V). Sixteen threads share a V row of the state, so that its K numbers
 // stay in registers over all tokens and each sum over K is four shuffles. A state is read once and written once: the
 // kernel's floor is that traffic. (Eight threads to a row need fewer shuffles, but twice the registers for q and k, and
-// so hold less of the state in flight: measured 7 % slower at batch 256.)
+// so hold less of the state in flight: with bfloat16 states measured 25 % slower at batch 256, with float32 1 %
+// faster.)
 //
 // With s the state before the decay a, both sums over K come from one pass: s.k and s.q give
 //   u = beta (v - a s.k)      o = a s.q + u k.q
