@@ -44,8 +44,8 @@ struct StateView {
 class StatePool {
  public:
   // `slots` usable ones, numbered 1 to `slots`; all zero. Blocks. `device` must outlive the pool, the pool every graph
-  // that uses it. INVALID_ARGUMENT: `v_heads` or `slots` below 1, a size past 2^31 - 2 slots. UNIMPLEMENTED: a
-  // dtype other than float32 and bfloat16. RESOURCE_EXHAUSTED.
+  // that uses it and all work queued on it. INVALID_ARGUMENT: `v_heads` or `slots` below 1, a size past 2^31 - 2 slots.
+  // UNIMPLEMENTED: a dtype other than float32 and bfloat16. RESOURCE_EXHAUSTED.
   static absl::StatusOr<std::unique_ptr<StatePool>> Create(Device& device, DType dtype, int32_t v_heads, int32_t slots);
 
   // Hands out a free slot and queues its zeroing on `stream`. RESOURCE_EXHAUSTED: all are taken.
