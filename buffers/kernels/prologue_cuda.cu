@@ -171,13 +171,13 @@ __device__ __noinline__ void RunCarriedJudged(const PrologueParams& p, const std
   RunJudged(p, carried);
 }
 
-__global__ void __launch_bounds__(kThreads) PrologueKernel(const __grid_constant__ PrologueParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) PrologueKernel(const __grid_constant__ PrologueParams p) {
   cudaTriggerProgrammaticLaunchCompletion();  // who waits for this grid may begin, and waits
   RunJudged(p, nullptr);
 }
 
 template <int kBytes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     InlinePrologueKernel(const __grid_constant__ InlinePrologueParams<kBytes> p) {
   cudaTriggerProgrammaticLaunchCompletion();
   const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(p.step);

@@ -12,6 +12,7 @@ namespace pristine::buffers {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 2;  // that the kernels leave room for; without it ptxas spills where it need not
 
 // What every thread works out for itself, alike: only the last block to finish changes what it reads.
 struct Step {
