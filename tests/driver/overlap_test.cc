@@ -99,7 +99,7 @@ TEST_P(Overlap, OffKeepsOneStepInFlightAndNeverFindsTheRingFull) {
 
 TEST_P(Overlap, BothServesEveryRoundTwiceAndShowsTheGain) {
   const DriverResult off = Serve(Steps({"--overlap=off"}));
-  const DriverResult both = Serve(Steps({"--overlap=both", "--repeat=2"}));
+  const DriverResult both = Serve(Steps({"--overlap=both", "--repeat=2", "--compare-eager=7"}));
   EXPECT_EQ(both.code, ExitCode::kOk) << both.err;
   EXPECT_EQ(both.report["steps"].number, 4 * off.report["steps"].number);
   for (const char* way : {"off", "on"}) {
@@ -133,7 +133,8 @@ TEST(OverlapDeferred, AsManyStepsWaitAsTheRingIsDeep) {
   for (const char* page_size : {"--page-size=1", "--page-size=64"}) {
     for (const int slots : {2, 4, 40}) {
       const DriverResult result = RunDriver(Steps({"--overlap=on", "--compare-eager=0", "--trace=" + trace.path(),
-                                                   page_size, absl::StrCat("--staging-slots=", slots)}),
+                                                   page_size, absl::StrCat("--staging-slots=", slots)},
+                                                  /*steps=*/60),
                                             {.host_run = HostOptions::Run::kDeferred});
       EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
       const Json& on = result.report["overlap"]["on"];
