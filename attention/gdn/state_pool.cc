@@ -8,29 +8,77 @@
 
 namespace pristine::attention::gdn {
 
-absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(Device& device, DType dtype, int32_t v_heads,
-                                                             int32_t slots) {
-  if (v_heads < 1 || slots < 1 || slots > std::numeric_limits<int32_t>::max() - 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("state pool: v_heads is ", v_heads, " and slots ", slots, "; both must be at least 1"));
-  }
-  PRISTINE_RETURN_IF_ERROR(CheckDType("state pool", "dtype", dtype));
-  auto pool = std::unique_ptr<StatePool>(new StatePool);
-  const int64_t stride = v_heads * kStateElements;
-  const size_t slot_bytes = static_cast<size_t>(stride) * SizeOf(dtype);
-  if (slot_bytes > std::numeric_limits<size_t>::max() / 2 / (static_cast<size_t>(slots) + 1)) {
+namespace {
+
+// Zeroed memory for `slots` slots of `elements` each.
+absl::StatusOr<DeviceBuffer> MakeSlots(Device& device, Stream& stream, const char* name, DType dtype, int64_t elements,
+                                       int32_t slots) {
+  const size_t slot_bytes = static_cast<size_t>(elements) * SizeOf(dtype);
+  if (slot_bytes > std::numeric_limits<size_t>::max() / 2 / static_cast<size_t>(slots)) {
     return absl::InvalidArgumentError(absl::StrCat("state pool: ", slots, " slots of ", slot_bytes, " bytes"));
   }
-  const size_t bytes = slot_bytes * (static_cast<size_t>(slots) + 1);  // with slot 0
-  PRISTINE_ASSIGN_OR_RETURN(pool->memory_, device.Allocate(bytes, "GDN states"));
+  PRISTINE_ASSIGN_OR_RETURN(DeviceBuffer memory, device.Allocate(slot_bytes * static_cast<size_t>(slots), name));
+  PRISTINE_RETURN_IF_ERROR(stream.Fill(memory.As<std::byte>(), std::byte{0}));
+  PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+  return memory;
+}
+
+// The memory from layer `layer` on. `elements`: of one layer in one slot.
+DeviceSpan<std::byte> FromLayer(const DeviceBuffer& memory, int32_t layer, int64_t elements, DType dtype) {
+  const DeviceSpan<std::byte> all = memory.As<std::byte>();
+  const size_t skip = static_cast<size_t>(layer) * static_cast<size_t>(elements) * SizeOf(dtype);
+  return all.Sub(skip, all.size() - skip);
+}
+
+absl::Status ZeroSlot(Stream& stream, DeviceSpan<std::byte> states, int64_t slot_stride, DType dtype, Slot slot) {
+  const size_t bytes = static_cast<size_t>(slot_stride) * SizeOf(dtype);
+  return stream.Fill(states.Sub(static_cast<size_t>(slot) * bytes, bytes), std::byte{0});
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(Device& device, DType dtype, int32_t v_heads,
+                                                             int32_t slots, const StatePoolOptions& options) {
+  constexpr int32_t kMaxLayers = 1 << 16;
+  if (v_heads < 1 || slots < 1 || slots > std::numeric_limits<int32_t>::max() - 1 || options.layers < 1 ||
+      options.layers > kMaxLayers || options.conv_dim < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("state pool: v_heads is ", v_heads, ", slots ", slots, ", layers ",
+                                                   options.layers, " and conv_dim ", options.conv_dim,
+                                                   "; the first three must be at least 1, the last at least 0"));
+  }
+  PRISTINE_RETURN_IF_ERROR(CheckDType("state pool", "dtype", dtype));
+  PRISTINE_RETURN_IF_ERROR(CheckDType("state pool", "conv_dtype", options.conv_dtype));
+  auto pool = std::unique_ptr<StatePool>(new StatePool);
+  const int32_t all = slots + 1;  // with slot 0
+  const int64_t stride = options.layers * (v_heads * kStateElements);
   PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());
-  PRISTINE_RETURN_IF_ERROR(stream->Fill(pool->memory_.As<std::byte>(), std::byte{0}));
-  PRISTINE_RETURN_IF_ERROR(stream->Synchronize());
-  pool->view_ = {dtype, v_heads, slots + 1, stride, pool->memory_.As<std::byte>(), PaddedRows::kSkip};
-  pool->taken_.resize(static_cast<size_t>(slots) + 1);
+  PRISTINE_ASSIGN_OR_RETURN(pool->memory_, MakeSlots(device, *stream, "GDN states", dtype, stride, all));
+  pool->view_ = {dtype, v_heads, all, stride, pool->memory_.As<std::byte>(), PaddedRows::kSkip};
+  if (options.conv_dim > 0) {
+    const int64_t conv_stride = int64_t{options.layers} * options.conv_dim * kConvHistory;
+    PRISTINE_ASSIGN_OR_RETURN(
+        pool->conv_memory_, MakeSlots(device, *stream, "GDN convolution states", options.conv_dtype, conv_stride, all));
+    pool->conv_ = {options.conv_dtype, options.conv_dim, all, conv_stride, pool->conv_memory_.As<std::byte>()};
+  }
+  pool->layers_ = options.layers;
+  pool->taken_.resize(static_cast<size_t>(all));
   pool->free_.reserve(static_cast<size_t>(slots));
   for (Slot slot = slots; slot >= 1; --slot) pool->free_.push_back(slot);
   return pool;
+}
+
+StateView StatePool::view(int32_t layer) const {
+  if (layer < 0 || layer >= layers_) return {};
+  StateView view = view_;
+  view.states = FromLayer(memory_, layer, view.slot_stride / layers_, view.dtype);
+  return view;
+}
+
+ConvStateView StatePool::conv_view(int32_t layer) const {
+  if (layer < 0 || layer >= layers_ || conv_.dim == 0) return {};
+  ConvStateView view = conv_;
+  view.states = FromLayer(conv_memory_, layer, view.slot_stride / layers_, view.dtype);
+  return view;
 }
 
 absl::StatusOr<Slot> StatePool::Allocate(Stream& stream) {
@@ -38,8 +86,10 @@ absl::StatusOr<Slot> StatePool::Allocate(Stream& stream) {
     return absl::ResourceExhaustedError(absl::StrCat("state pool: all ", view_.slots - 1, " slots are taken"));
   }
   const Slot slot = free_.back();
-  const size_t bytes = static_cast<size_t>(view_.slot_stride) * SizeOf(view_.dtype);
-  PRISTINE_RETURN_IF_ERROR(stream.Fill(view_.states.Sub(static_cast<size_t>(slot) * bytes, bytes), std::byte{0}));
+  PRISTINE_RETURN_IF_ERROR(ZeroSlot(stream, view_.states, view_.slot_stride, view_.dtype, slot));
+  if (conv_.dim > 0) {
+    PRISTINE_RETURN_IF_ERROR(ZeroSlot(stream, conv_.states, conv_.slot_stride, conv_.dtype, slot));
+  }
   free_.pop_back();
   taken_[static_cast<size_t>(slot)] = true;
   return slot;

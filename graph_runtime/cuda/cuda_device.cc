@@ -61,6 +61,9 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(int ordinal, const Cu
   traits.name = absl::StrCat("cuda:", ordinal, " (", properties.name, ")");
   traits.multiprocessors = properties.multiProcessorCount;
   traits.capability = 10 * properties.major + properties.minor;
+  traits.shared_bytes_per_block = properties.sharedMemPerBlockOptin;
+  PRISTINE_RETURN_IF_ERROR(CudaStatus(cudaRuntimeGetVersion(&traits.cuda_runtime_version), "cudaRuntimeGetVersion"));
+  PRISTINE_RETURN_IF_ERROR(CudaStatus(cudaDriverGetVersion(&traits.cuda_driver_version), "cudaDriverGetVersion"));
   traits.watch_alignment = kAlignment;
   return std::unique_ptr<Device>(
       new CudaDevice(std::move(traits), ordinal, options, driver, context, can_map_memory != 0 && options.protect));

@@ -89,6 +89,12 @@ class Device {
   const std::string& name() const { return name_; }         // "host (eager)", "cuda:0 (NVIDIA H200)"
   int multiprocessors() const { return multiprocessors_; }  // Host: 8, so that planners have something to fill
   int compute_capability() const { return capability_; }    // 90 for 9.0; Host: 0
+  // Shared memory that one block may have after opting in, in bytes: 232,448 on compute capability 9.0. Host: 0.
+  size_t shared_bytes_per_block() const { return shared_bytes_per_block_; }
+  // As CUDA counts: 13020 for 13.2. The runtime that this library is linked with, and the newest one that the driver
+  // serves. Host: 0.
+  int cuda_runtime_version() const { return cuda_runtime_version_; }
+  int cuda_driver_version() const { return cuda_driver_version_; }
   size_t watch_alignment() const {
     return watch_alignment_;
   }  // what a buffer is aligned to so that Watch can protect it
@@ -148,6 +154,9 @@ class Device {
     std::string name;
     int multiprocessors = 0;
     int capability = 0;
+    size_t shared_bytes_per_block = 0;
+    int cuda_runtime_version = 0;
+    int cuda_driver_version = 0;
     size_t watch_alignment = 256;
     bool enforces_accesses = false;
     bool deferred = false;
@@ -157,6 +166,9 @@ class Device {
         name_(std::move(traits.name)),
         multiprocessors_(traits.multiprocessors),
         capability_(traits.capability),
+        shared_bytes_per_block_(traits.shared_bytes_per_block),
+        cuda_runtime_version_(traits.cuda_runtime_version),
+        cuda_driver_version_(traits.cuda_driver_version),
         watch_alignment_(traits.watch_alignment),
         enforces_accesses_(traits.enforces_accesses),
         deferred_(traits.deferred) {}
@@ -227,6 +239,9 @@ class Device {
   const std::string name_;
   const int multiprocessors_;
   const int capability_;
+  const size_t shared_bytes_per_block_;
+  const int cuda_runtime_version_;
+  const int cuda_driver_version_;
   const size_t watch_alignment_;
   const bool enforces_accesses_;
   const bool deferred_;

@@ -1,5 +1,5 @@
-// StatePool: the recurrent states of all requests, one slot each. Slot 0 is reserved and never handed out: it is where
-// a foreign kernel that clamps -1 to 0 does its harm.
+// StatePool: the recurrent states of all requests, and their convolution states, one slot each. Slot 0 is reserved and
+// never handed out: it is where a foreign kernel that clamps -1 to 0 does its harm.
 #ifndef PRISTINE_ATTENTION_GDN_STATE_POOL_H_
 #define PRISTINE_ATTENTION_GDN_STATE_POOL_H_
 
@@ -22,6 +22,8 @@ namespace pristine::attention::gdn {
 inline constexpr int32_t kHeadDim = 128;  // K and V: the size of every model that ships
 inline constexpr int64_t kStateElements = int64_t{kHeadDim} * kHeadDim;
 
+inline constexpr int32_t kConvHistory = 3;  // inputs that a convolution of width 4 looks back
+
 using Slot = int32_t;
 inline constexpr Slot kNoSlot = -1;  // of padded rows
 
@@ -42,15 +44,33 @@ struct StateView {
   PaddedRows padded_rows = PaddedRows::kSkip;
 };
 
+// The last three inputs of a convolution (causal_conv1d.h): [slots, dim, 3], the oldest first. Does not own it.
+struct ConvStateView {
+  DType dtype = DType::kBFloat16;
+  int32_t dim = 0;
+  int32_t slots = 0;
+  int64_t slot_stride = 0;  // elements from slot to slot, at least 3 * dim
+  DeviceSpan<std::byte> states = {};
+};
+
+// What a slot holds beside the recurrent state of one layer.
+struct StatePoolOptions {
+  int32_t layers = 1;    // of one shape; a slot has the states of all
+  int32_t conv_dim = 0;  // channels of a layer's convolution; 0: no convolution states
+  DType conv_dtype = DType::kBFloat16;
+};
+
 // Used by one thread at a time.
 class StatePool {
  public:
   // `slots` usable ones, numbered 1 to `slots`; all zero. Blocks. `device` must outlive the pool, the pool every graph
-  // that uses it and all work queued on it. INVALID_ARGUMENT: `v_heads` or `slots` below 1, a size past 2^31 - 2 slots.
-  // UNIMPLEMENTED: a dtype other than float32 and bfloat16. RESOURCE_EXHAUSTED.
-  static absl::StatusOr<std::unique_ptr<StatePool>> Create(Device& device, DType dtype, int32_t v_heads, int32_t slots);
+  // that uses it and all work queued on it. INVALID_ARGUMENT: `v_heads`, `slots` or `layers` below 1, `conv_dim` below
+  // 0, a size past 2^31 - 2 slots. UNIMPLEMENTED: a dtype other than float32 and bfloat16. RESOURCE_EXHAUSTED.
+  static absl::StatusOr<std::unique_ptr<StatePool>> Create(Device& device, DType dtype, int32_t v_heads, int32_t slots,
+                                                           const StatePoolOptions& options = {});
 
-  // Hands out a free slot and queues its zeroing on `stream`. RESOURCE_EXHAUSTED: all are taken.
+  // Hands out a free slot and queues its zeroing on `stream`: all layers, both states. RESOURCE_EXHAUSTED: all are
+  // taken.
   absl::StatusOr<Slot> Allocate(Stream& stream);
   // INVALID_ARGUMENT: a slot that is not handed out, 0 and -1 included.
   absl::Status Free(Slot slot);
@@ -61,12 +81,17 @@ class StatePool {
   absl::Status Protect(BufferManager& manager, const std::string& name) const;
 
   int32_t free_slots() const { return static_cast<int32_t>(free_.size()); }
-  const StateView& view() const { return view_; }
+  // Of layer `layer`; a view of no slots, which every op refuses, where there is no such layer or no convolution.
+  StateView view(int32_t layer = 0) const;
+  ConvStateView conv_view(int32_t layer = 0) const;
 
  private:
   StatePool() = default;
-  DeviceBuffer memory_;
-  StateView view_;
+  // Both are [slots, layers, a layer's state], so that a slot is zeroed by one fill.
+  DeviceBuffer memory_, conv_memory_;
+  StateView view_;      // of layer 0
+  ConvStateView conv_;  // of layer 0
+  int32_t layers_ = 1;
   std::vector<Slot> free_;
   std::vector<bool> taken_;  // by slot
 };
