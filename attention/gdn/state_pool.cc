@@ -105,6 +105,14 @@ absl::Status StatePool::Free(Slot slot) {
   return absl::OkStatus();
 }
 
+absl::Status StatePool::Protect(BufferManager& manager, const std::string& name) const {
+  const size_t slot_bytes = static_cast<size_t>(view_.slot_stride) * SizeOf(view_.dtype);
+  const std::vector<std::byte> zeros(slot_bytes);
+  const BufferSpec slot0 = {.name = name + ".slot0", .role = Role::kConstant, .kind = Kind::kOpaque};
+  PRISTINE_RETURN_IF_ERROR(manager.Adopt<std::byte>(slot0, view_.states.Sub(0, slot_bytes), zeros).status());
+  return manager.Protect(name, view_.states.Sub(slot_bytes, view_.states.size() - slot_bytes), SizeOf(view_.dtype));
+}
+
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows) {
   PRISTINE_RETURN_IF_ERROR(CheckDType("foreign state pool", "dtype", pool.dtype));
   const int64_t packed = pool.v_heads * kStateElements;

@@ -7,77 +7,23 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
-#include "attention/kernels/bfloat16.h"
 
 namespace pristine::conformance {
 namespace {
 
-using attention::BFloat16;
 using attention::DType;
-
-constexpr float kLarge = 1e4f;  // finite in every dtype, and far above all live values
 
 size_t AlignUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-double Round(DType dtype, double value) {
-  const float single = static_cast<float>(value);
-  return dtype == DType::kFloat32 ? single : ToFloat(attention::FromFloat<BFloat16>(single));
-}
-void Store(DType dtype, float value, std::byte* to) {
-  if (dtype == DType::kFloat32) {
-    std::memcpy(to, &value, sizeof(value));
-  } else {
-    const BFloat16 rounded = attention::FromFloat<BFloat16>(value);
-    std::memcpy(to, &rounded, sizeof(rounded));
-  }
-}
 // Sets all elements of `parts`.
-void Fill(std::vector<std::byte>& image, const Layout& layout, std::initializer_list<Layout::Name> parts, DType dtype,
-          float value) {
-  std::array<std::byte, 4> element;
-  Store(dtype, value, element.data());
+void FillParts(Bytes& image, const Layout& layout, std::initializer_list<Layout::Name> parts, DType dtype,
+               float value) {
   for (const Layout::Name name : parts) {
-    const Layout::Part& part = layout[name];
-    std::byte* const begin = image.data() + part.offset;
-    std::memcpy(begin, element.data(), part.element);
-    for (size_t done = part.element; done < part.bytes; done *= 2) {
-      std::memcpy(begin + done, begin, std::min(done, part.bytes - done));
-    }
+    Fill(dtype, value, image.data() + layout[name].offset, layout[name].bytes);
   }
 }
 
 }  // namespace
-
-double Fetch(DType dtype, const std::byte* from) {
-  if (dtype == DType::kFloat32) {
-    float value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-  }
-  BFloat16 value;
-  std::memcpy(&value, from, sizeof(value));
-  return ToFloat(value);
-}
-
-const char* ToString(Poison poison) { return poison == Poison::kNan ? "NaN" : "maximal"; }
-
-int32_t PoisonOf(Poison poison, const BoundArray& array, int32_t max_requests) {
-  const bool nan = poison == Poison::kNan;
-  switch (array.kind) {
-    case Kind::kIndptr:
-      return nan ? 0 : array.limit - array.limit / max_requests;  // where the last of the longest rows begins
-    case Kind::kLength:
-      return nan ? 1 : array.limit;
-    case Kind::kPageTable:
-    case Kind::kSlot:
-      return nan ? array.limit : array.limit - 1;
-    case Kind::kPosition:
-    case Kind::kMask:
-    case Kind::kOpaque:
-      break;
-  }
-  return nan ? 0 : array.limit - 1;
-}
 
 Layout::Layout(const AttentionShape& shape) {
   const size_t element = SizeOf(shape.dtype);
@@ -154,9 +100,8 @@ std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
   // Outputs and gaps: NaN in every dtype, or large and finite.
   std::vector<std::byte> image(layout_.bytes(), poison == Poison::kNan ? std::byte{0xff} : std::byte{0x7a});
   // Inputs have another poison than the pool: a stored padded row shows.
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  Fill(image, layout_, {Layout::kQ, Layout::kKNew, Layout::kVNew}, shape_.dtype, poison == Poison::kNan ? nan : kLarge);
-  Fill(image, layout_, {Layout::kK, Layout::kV}, shape_.dtype, poison == Poison::kNan ? -nan : -kLarge);
+  FillParts(image, layout_, {Layout::kQ, Layout::kKNew, Layout::kVNew}, shape_.dtype, PoisonValue(poison));
+  FillParts(image, layout_, {Layout::kK, Layout::kV}, shape_.dtype, -PoisonValue(poison));
   for (const Layout::Name part : {Layout::kK, Layout::kV}) {  // the dummy page is finite
     std::fill_n(image.begin() + layout_[part].offset, layout_[part].row, std::byte{0});
   }

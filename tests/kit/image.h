@@ -10,22 +10,10 @@
 #include <vector>
 
 #include "pristine/conformance/attention_conformance.h"
+#include "tests/kit/laws.h"
 #include "tests/kit/step.h"
 
 namespace pristine::conformance {
-
-// What fills everything that a live row must not depend on.
-enum class Poison {
-  kNan,      // NaN; numbers just out of range, which are mapped and hold NaN; lengths 1, indptr 0
-  kMaximal,  // large finite values; the largest legal numbers. NaN alone would be hidden by min, max and comparisons
-};
-constexpr std::array<Poison, 2> kPoisons = {Poison::kNan, Poison::kMaximal};
-const char* ToString(Poison poison);
-
-// The value of one element of `dtype`.
-double Fetch(attention::DType dtype, const std::byte* from);
-// Of a bound array. A kernel that follows poisoned numbers stays within arrays and pool.
-int32_t PoisonOf(Poison poison, const BoundArray& array, int32_t max_requests);
 
 // Where the tensors lie in an image; gaps between them are poison, too.
 class Layout {

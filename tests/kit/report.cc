@@ -1,9 +1,10 @@
+#include "pristine/conformance/report.h"
+
 #include <algorithm>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "pristine/conformance/attention_conformance.h"
 
 namespace pristine::conformance {
 
@@ -23,6 +24,8 @@ const char* ToString(Finding::Kind kind) {
       return "wrong value";
     case Finding::Kind::kWritesOutside:
       return "writes outside";
+    case Finding::Kind::kCaptureWrites:
+      return "a capture writes";
   }
   return "unknown";
 }
@@ -42,13 +45,6 @@ std::string Report::ToString() const {
                                   more > 0 ? ", the first of each kind for each bucket:" : "");
   for (const Finding& finding : findings) absl::StrAppend(&text, "\n  ", finding.ToString());
   return text;
-}
-
-::testing::AssertionResult Conforms(Stream& stream, AttentionWrapper& wrapper, const AttentionShape& shape) {
-  const absl::StatusOr<Report> report = CheckAttention(stream, wrapper, shape);
-  if (!report.ok()) return ::testing::AssertionFailure() << report.status();
-  if (!report->findings.empty()) return ::testing::AssertionFailure() << report->ToString();
-  return ::testing::AssertionSuccess() << report->ToString();
 }
 
 }  // namespace pristine::conformance

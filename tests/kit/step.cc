@@ -4,15 +4,9 @@
 #include <numeric>
 #include <utility>
 
+#include "tests/kit/laws.h"
+
 namespace pristine::conformance {
-
-uint64_t Mix(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 namespace {
 
 using Lengths = std::vector<int32_t>;

@@ -29,9 +29,6 @@ struct KitStep {
 // case, the second has no requests.
 std::vector<KitStep> MakeSteps(const AttentionShape& shape);
 
-// A well-mixed hash, for values and random choices.
-uint64_t Mix(uint64_t x);
-
 }  // namespace pristine::conformance
 
 #endif  // PRISTINE_TESTS_KIT_STEP_H_

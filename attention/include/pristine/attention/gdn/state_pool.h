@@ -6,11 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "pristine/attention/types.h"
+#include "pristine/buffers/buffer_manager.h"
 #include "pristine/graph_runtime/device.h"
 #include "pristine/graph_runtime/memory.h"
 #include "pristine/graph_runtime/stream.h"
@@ -72,6 +74,11 @@ class StatePool {
   absl::StatusOr<Slot> Allocate(Stream& stream);
   // INVALID_ARGUMENT: a slot that is not handed out, 0 and -1 included.
   absl::Status Free(Slot slot);
+
+  // Has `manager`, which must go before the pool, look after it: a write to slot 0 is reported as pollution of
+  // `name`.slot0 and healed (checks as for any constant, ManagerOptions::check), and on devices that enforce accesses
+  // an undeclared write to the other slots as one to `name`. Before the first capture. Codes of BufferManager::Adopt.
+  absl::Status Protect(BufferManager& manager, const std::string& name) const;
 
   int32_t free_slots() const { return static_cast<int32_t>(free_.size()); }
   // Of layer `layer`; a view of no slots, which every op refuses, where there is no such layer or no convolution.

@@ -31,7 +31,7 @@
 #include "absl/status/statusor.h"
 #include "pristine/attention/step_metadata.h"
 #include "pristine/attention/types.h"
-#include "pristine/buffers/buffer_spec.h"
+#include "pristine/conformance/report.h"
 #include "pristine/graph_runtime/memory.h"
 #include "pristine/graph_runtime/stream.h"
 
@@ -70,14 +70,6 @@ struct AttentionTensors {
   DeviceSpan<float> lse;                     // [max_requests, q_heads]; live empty requests: -inf
 };
 
-// A device array that Prepare and Run keep up to date and that kernels read. The kit fills all of it with poison
-// before each Prepare, in stream order: what kernels read must be written by Prepare or Run, padding included.
-struct BoundArray {
-  Kind kind = Kind::kPageTable;  // any but kMask and kOpaque
-  DeviceSpan<int32_t> live;
-  int32_t limit = 0;  // as BufferSpec::limit; one past it must still be mapped (see AttentionTensors) for pages, slots
-};
-
 // The wrapper under test, as an engine uses it: Prepare and Run eagerly, or Run once in a capture, and then Prepare and
 // a launch for each step. What Run queues follows from its arguments alone: it is captured with no step prepared since
 // the last run, once after the largest steps and once after steps without requests.
@@ -92,35 +84,6 @@ class AttentionWrapper {
   // kernels (and Seal before the first capture).
   virtual absl::Status Run(Stream& stream, int32_t bucket, const AttentionTensors& tensors) = 0;
   virtual std::vector<BoundArray> BoundArrays() { return {}; }
-};
-
-struct Finding {
-  enum class Kind {
-    kRefused,          // an error for a legal step; or Run cannot be captured (it blocks, allocates, …)
-    kReadsPadding,     // a live row depends on the poison, or is not written
-    kNotRepeatable,    // the same step, run eagerly again after others, gives other bits
-    kCapturedDiffers,  // the graph's first launch is not the eager run
-    kReplayDiffers,    // a later replay is not: frozen at capture, or left over from steps before
-    kWrongValue,       // bit-equal everywhere, and not attention
-    kWritesOutside,    // a byte changed that is no output of the bucket: pool, inputs, rows beyond the bucket
-  } kind = Kind::kRefused;
-  int32_t bucket = 0;
-  std::vector<int32_t> lengths;  // of the step
-  int32_t row = -1, head = -1;   // of the first difference; -1: no row
-  std::string detail;            // values, where, what ran before
-
-  std::string ToString() const;  // one line
-};
-const char* ToString(Finding::Kind kind);
-
-struct Report {
-  std::vector<Finding> findings;  // the first of each kind for each bucket
-  int32_t more = 0;               // findings left out
-  int32_t steps = 0;              // length sets
-  int32_t runs = 0;               // eager runs and replays
-
-  bool Has(Finding::Kind kind) const;
-  std::string ToString() const;  // a line per finding
 };
 
 // Runs everything on `stream`, which must be idle. Blocks. INVALID_ARGUMENT: a shape that makes no sense. Codes of
