@@ -14,22 +14,15 @@ namespace {
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
-void WriteReports(const ReportRing& ring, WriteList& writes) {
-  writes.Add(ring.count, sizeof(*ring.count));
-  writes.Add(ring.records, ring.capacity * sizeof(*ring.records));
-}
-void ScanWrites(const SparseToCsrParams& p, WriteList& writes) {
+void SparseToCsrWrites(const SparseToCsrParams& p, WriteList& writes) {
   writes.Add(p.indptr, (static_cast<size_t>(p.rows) + 1) * sizeof(int32_t));
-  WriteReports(p.reports, writes);
-}
-void ExpandWrites(const SparseToCsrParams& p, WriteList& writes) {
   writes.Add(p.indices, static_cast<size_t>(p.rows) * p.row_bound * sizeof(int32_t));
+  writes.Add(p.reports.count, sizeof(*p.reports.count));
+  writes.Add(p.reports.records, p.reports.capacity * sizeof(*p.reports.records));
 }
 
-constexpr Kernel<SparseToCsrParams> kScan = {"sparse_page_table_scan", &SparseScanHost, PRISTINE_CUDA(&SparseScanCuda),
-                                             &ScanWrites};
-constexpr Kernel<SparseToCsrParams> kExpand = {"sparse_page_table_expand", &SparseExpandHost,
-                                               PRISTINE_CUDA(&SparseExpandCuda), &ExpandWrites};
+constexpr Kernel<SparseToCsrParams> kSparseToCsr = {"sparse_page_table", &SparseToCsrHost,
+                                                    PRISTINE_CUDA(&SparseToCsrCuda), &SparseToCsrWrites};
 
 absl::Status Validate(const SparseConfig& config, const StepMetadataConfig& step) {
   const std::pair<const char*, int32_t> positive[] = {
@@ -170,8 +163,7 @@ absl::Status SparsePageTable::Run(Stream& stream, const Extent& bucket, const Bu
                                     .page_indices_size = step.max_step_pages,
                                     .num_pages = step.num_pages,
                                     .dummy_page = step.dummy_page};
-  PRISTINE_RETURN_IF_ERROR(Launch(stream, kScan, params));
-  PRISTINE_RETURN_IF_ERROR(Launch(stream, kExpand, params));
+  PRISTINE_RETURN_IF_ERROR(Launch(stream, kSparseToCsr, params));
   return manager_.CheckEqual(stream, kv_indptr_, kv_indptr_ws_, bucket);
 }
 

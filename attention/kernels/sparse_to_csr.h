@@ -1,5 +1,4 @@
-// The two kernels of SparsePageTable::Run: scan the row lengths, then write every row's indices. No Abseil, no CUDA
-// headers.
+// The kernel of SparsePageTable::Run: the rows' lengths summed up, and every row's indices. No Abseil, no CUDA headers.
 #ifndef PRISTINE_ATTENTION_KERNELS_SPARSE_TO_CSR_H_
 #define PRISTINE_ATTENTION_KERNELS_SPARSE_TO_CSR_H_
 
@@ -20,21 +19,18 @@ struct SparseToCsrParams {
   int32_t* indices;             // [rows * row_bound] slot * groups + group
   ReportRing reports;
   int32_t lengths_id;  // buffer of `lengths`, for reports
-  int32_t rows;        // groups * requests
+  int32_t rows;        // groups * requests; rows * row_bound < 2^31
   int32_t row_bound;   // R
   int32_t groups, block, topk, dense_len;
   int32_t max_length;  // a longer request is taken as this and reported
   int32_t page_size;
   int64_t page_indices_size;
-  int32_t num_pages;
+  int32_t num_pages;   // groups * num_pages * page_size < 2^31
   int32_t dummy_page;  // stands in for blocks and pages that do not exist
 };
 
-int SparseScanHost(const SparseToCsrParams& params);
-int SparseScanCuda(CUstream_st* stream, const SparseToCsrParams& params);
-// Reads `indptr` as the scan left it.
-int SparseExpandHost(const SparseToCsrParams& params);
-int SparseExpandCuda(CUstream_st* stream, const SparseToCsrParams& params);
+int SparseToCsrHost(const SparseToCsrParams& params);
+int SparseToCsrCuda(CUstream_st* stream, const SparseToCsrParams& params);
 
 }  // namespace pristine::attention
 

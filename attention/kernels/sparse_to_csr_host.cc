@@ -38,33 +38,24 @@ int64_t Slot(const SparseToCsrParams& p, int32_t request, int64_t position) {
 
 }  // namespace
 
-int SparseScanHost(const SparseToCsrParams& p) {
-  int32_t sum = 0;
+int SparseToCsrHost(const SparseToCsrParams& p) {
+  int32_t end = 0;
   p.indptr[0] = 0;
   for (int32_t row = 0; row < p.rows; ++row) {
     const int32_t request = row / p.groups;
+    const int32_t group = row % p.groups;
     const int32_t found = p.lengths[request];
     const int32_t length = std::clamp(found, 0, p.max_length);
-    if (length != found && row % p.groups == 0) {
+    if (length != found && group == 0) {
       Report(p.reports, static_cast<int32_t>(Violation::Kind::kClamped), p.lengths_id, request, length, found);
     }
-    sum += RowLength(p, length);
-    p.indptr[row + 1] = sum;
-  }
-  return 0;
-}
-
-int SparseExpandHost(const SparseToCsrParams& p) {
-  for (int32_t row = 0; row < p.rows; ++row) {
-    const int32_t request = row / p.groups;
-    const int32_t group = row % p.groups;
-    const int32_t length = std::clamp(p.lengths[request], 0, p.max_length);
-    const int32_t begin = p.indptr[row];
-    const int32_t count = p.indptr[row + 1] - begin;
+    const int32_t begin = end, count = RowLength(p, length);
     for (int32_t j = 0; j < count; ++j) {
       const int64_t slot = Slot(p, request, Position(p, row, length, j));
       p.indices[begin + j] = static_cast<int32_t>(slot * p.groups + group);
     }
+    end = begin + count;
+    p.indptr[row + 1] = end;
   }
   return 0;
 }

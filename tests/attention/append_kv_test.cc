@@ -1,10 +1,17 @@
 #include "pristine/attention/append_kv.h"
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <deque>
 #include <limits>
+#include <random>
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "attention/kernels/float16.h"
+#include "attention/kernels/float8.h"
 #include "pristine/graph_runtime/graph.h"
 #include "tests/attention/decode_rig.h"
 #include "tests/support/backends.h"
@@ -171,6 +178,227 @@ TYPED_TEST(AppendKvTest, WrongTensorsAreRefusedByName) {
       },
       "a row has 126 bytes, must be a multiple of 4");
   EXPECT_STATUS(AppendKv(*this->stream_, -1, this->tensors_), kInvalidArgument, "tokens is -1");
+}
+
+// --- layouts and float8 ---
+
+using attention::KvLayout;
+
+struct Case {
+  DType dtype;
+  bool quantizes;
+  KvLayout layout;
+  int32_t page_size, kv_heads, head_dim;
+};
+
+// What AppendKv is defined to leave, from plain loops over (token, head, d).
+template <class BackendT>
+class AppendKvLayoutTest : public DeviceTest<BackendT> {
+ protected:
+  static constexpr int32_t kPages = 5;
+  static constexpr int32_t kRows = 7;
+
+  DeviceSpan<std::byte> Put(const Bytes& bytes, const char* name) {
+    absl::StatusOr<DeviceBuffer> made = this->device_->Allocate(bytes.size(), name);
+    EXPECT_OK(made);
+    memory_.push_back(*std::move(made));
+    EXPECT_OK(Upload(*this->stream_, memory_.back().template As<std::byte>(), bytes));
+    return memory_.back().template As<std::byte>();
+  }
+  // Values around zero, with those that quantizing treats specially: NaN, infinity, halves, denormals, and large ones.
+  static Bytes Rows(DType dtype, size_t count, uint64_t seed) {
+    constexpr float kInf = std::numeric_limits<float>::infinity();
+    const float special[] = {0.0f,    -0.0f,    448.0f,   464.0f,   -465.0f, 1e30f,  kInf,     -kInf,
+                             0.0156f, 0.00098f, 0.00097f, -0.0029f, 1.0625f, 1.125f, -1.1875f, std::nanf("")};
+    std::mt19937_64 random(seed);
+    std::normal_distribution<float> value(0.0f, 3.0f);
+    Bytes bytes(count * attention::SizeOf(dtype));
+    for (size_t i = 0; i < count; ++i) {
+      const float x = random() % 4 == 0 ? special[random() % std::size(special)] : value(random);
+      const attention::Float16 half = attention::FromFloat<attention::Float16>(x);
+      const attention::BFloat16 brain = attention::FromFloat<attention::BFloat16>(x);
+      const void* const from = dtype == DType::kFloat32   ? static_cast<const void*>(&x)
+                               : dtype == DType::kFloat16 ? static_cast<const void*>(&half)
+                                                          : static_cast<const void*>(&brain);
+      std::memcpy(&bytes[i * attention::SizeOf(dtype)], from, attention::SizeOf(dtype));
+    }
+    return bytes;
+  }
+  static float At(DType dtype, const Bytes& bytes, size_t i) {
+    float x;
+    uint16_t bits;
+    std::memcpy(&x, &bytes[dtype == DType::kFloat32 ? i * 4 : 0], sizeof(x));
+    std::memcpy(&bits, &bytes[i * 2], sizeof(bits));
+    if (dtype == DType::kFloat16) return attention::ToFloat(attention::Float16{bits});
+    if (dtype == DType::kBFloat16) return attention::ToFloat(attention::BFloat16{bits});
+    return x;
+  }
+  static void Append(const Case& c, const Bytes& rows, const std::vector<int32_t>& slots, float scale, Bytes& pool) {
+    const size_t size = c.quantizes ? 1 : attention::SizeOf(c.dtype);
+    for (int64_t token = 0; token < kRows; ++token) {
+      if (slots[token] < 0 || slots[token] >= kPages * c.page_size) continue;
+      const int64_t page = slots[token] / c.page_size, offset = slots[token] % c.page_size;
+      for (int64_t head = 0; head < c.kv_heads; ++head) {
+        for (int64_t d = 0; d < c.head_dim; ++d) {
+          const int64_t from = (token * c.kv_heads + head) * c.head_dim + d;
+          const int64_t to = c.layout == KvLayout::kNHD
+                                 ? ((page * c.page_size + offset) * c.kv_heads + head) * c.head_dim + d
+                                 : ((page * c.kv_heads + head) * c.page_size + offset) * c.head_dim + d;
+          if (c.quantizes) {
+            const float value = At(c.dtype, rows, from) * (1.0f / scale);
+            pool[to] = std::byte{attention::FromFloat<attention::Float8E4M3>(value).bits};
+          } else {
+            std::memcpy(&pool[to * size], &rows[from * size], size);
+          }
+        }
+      }
+    }
+  }
+  void TearDown() override {
+    memory_.clear();
+    DeviceTest<BackendT>::TearDown();
+  }
+
+  std::deque<DeviceBuffer> memory_;
+};
+TYPED_TEST_SUITE(AppendKvLayoutTest, AllBackends, BackendNames);
+
+TYPED_TEST(AppendKvLayoutTest, EveryDtypeAndLayoutWritesTheBytesOfTheDefinition) {
+  uint64_t seed = 20260;
+  SCOPED_TRACE(seed);
+  std::vector<Case> cases;
+  for (const KvLayout layout : {KvLayout::kNHD, KvLayout::kHND}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (const int32_t head_dim : {8, 72, 128, 256}) {
+        cases.push_back({dtype, false, layout, 3, 2, head_dim});
+        cases.push_back({dtype, true, layout, 3, 2, head_dim});
+        cases.push_back({dtype, true, layout, 16, 5, head_dim});
+      }
+      cases.push_back({dtype, false, layout, 1, 3, 6});     // 4-byte words
+      cases.push_back({dtype, false, layout, 16, 40, 64});  // more vectors than a block has threads
+    }
+  }
+  for (const Case& c : cases) {
+    const size_t row = size_t{1} * c.kv_heads * c.head_dim;
+    const size_t pool_bytes = TestFixture::kPages * c.page_size * row * (c.quantizes ? 1 : SizeOf(c.dtype));
+    const Bytes k_new = this->Rows(c.dtype, TestFixture::kRows * row, ++seed);
+    const Bytes v_new = this->Rows(c.dtype, TestFixture::kRows * row, ++seed);
+    Bytes k = Patterned(pool_bytes, 1), v = Patterned(pool_bytes, 2);
+    const int32_t num_slots = TestFixture::kPages * c.page_size;
+    const std::vector<int32_t> slots = {num_slots - 1, 0, -1, num_slots, 3, 1, std::numeric_limits<int32_t>::max()};
+    const std::vector<float> scales = {0.37f, 2.5f};
+    Bytes slot_bytes(slots.size() * 4), scale_bytes(8);
+    std::memcpy(slot_bytes.data(), slots.data(), slot_bytes.size());
+    std::memcpy(scale_bytes.data(), scales.data(), 8);
+    AppendKvTensors tensors = {.dtype = c.dtype, .layout = c.layout, .page_size = c.page_size};
+    tensors.kv_heads = c.kv_heads;
+    tensors.head_dim = c.head_dim;
+    tensors.k_new = this->Put(k_new, "k_new");
+    tensors.v_new = this->Put(v_new, "v_new");
+    tensors.k = this->Put(k, "k");
+    tensors.v = this->Put(v, "v");
+    this->Put(slot_bytes, "slots");
+    tensors.slots = this->memory_.back().template As<const int32_t>();
+    this->Put(scale_bytes, "scales");
+    const DeviceSpan<const float> device_scales = this->memory_.back().template As<const float>();
+    if (c.quantizes) {
+      tensors.kv_dtype = DType::kFloat8E4M3;
+      tensors.k_scale = device_scales.Sub(0, 1);
+      tensors.v_scale = device_scales.Sub(1, 1);
+    }
+    ASSERT_OK(AppendKv(*this->stream_, TestFixture::kRows, tensors));
+    this->Append(c, k_new, slots, scales[0], k);
+    this->Append(c, v_new, slots, scales[1], v);
+    const std::string name =
+        absl::StrCat(ToString(c.dtype), c.quantizes ? " quantized " : " ", ToString(c.layout), " ", c.head_dim);
+    ASSERT_OK_AND_ASSIGN(const Bytes found_k, Download(*this->stream_, tensors.k));
+    ASSERT_OK_AND_ASSIGN(const Bytes found_v, Download(*this->stream_, tensors.v));
+    for (size_t i = 0; i < k.size(); ++i) ASSERT_EQ(found_k[i], k[i]) << name << ", byte " << i << " of k";
+    for (size_t i = 0; i < v.size(); ++i) ASSERT_EQ(found_v[i], v[i]) << name << ", byte " << i << " of v";
+    this->memory_.clear();
+  }
+}
+
+TYPED_TEST(AppendKvLayoutTest, AReplayReadsTheScalesOfItsStep) {
+  const Case c = {DType::kBFloat16, true, KvLayout::kHND, 4, 2, 64};
+  const size_t row = size_t{1} * c.kv_heads * c.head_dim;
+  const Bytes rows = this->Rows(c.dtype, TestFixture::kRows * row, 5);
+  Bytes k = Patterned(TestFixture::kPages * c.page_size * row, 1), v = k;
+  const std::vector<int32_t> slots = {0, 5, 6, 7, 12, 19, 1};
+  Bytes slot_bytes(slots.size() * 4);
+  std::memcpy(slot_bytes.data(), slots.data(), slot_bytes.size());
+  AppendKvTensors tensors = {.dtype = c.dtype, .kv_dtype = DType::kFloat8E4M3, .layout = c.layout, .page_size = 4};
+  tensors.kv_heads = c.kv_heads;
+  tensors.head_dim = c.head_dim;
+  tensors.k_new = tensors.v_new = this->Put(rows, "rows");
+  tensors.k = this->Put(k, "k");
+  tensors.v = this->Put(v, "v");
+  this->Put(slot_bytes, "slots");
+  tensors.slots = this->memory_.back().template As<const int32_t>();
+  this->Put(Bytes(4), "scale");
+  const DeviceSpan<float> scale = this->memory_.back().template As<float>();
+  tensors.k_scale = scale;
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Graph> graph, Capture(*this->stream_, [&](Stream& stream) {
+                         return AppendKv(stream, TestFixture::kRows, tensors);
+                       }));
+  ASSERT_EQ(graph->nodes().size(), 1u);
+  EXPECT_EQ(graph->nodes()[0].name, "append_kv_float8_bfloat16");
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<GraphExec> exec, graph->Instantiate());
+  for (const float value : {1.0f, 0.125f, 3.0f}) {
+    ASSERT_OK(Upload(*this->stream_, scale, std::vector<float>{value}));
+    ASSERT_OK(exec->Launch(*this->stream_));
+    this->Append(c, rows, slots, value, k);
+    this->Append(c, rows, slots, 1.0f, v);  // no scale: 1
+    ASSERT_OK_AND_ASSIGN(const Bytes found_k, Download(*this->stream_, tensors.k));
+    ASSERT_OK_AND_ASSIGN(const Bytes found_v, Download(*this->stream_, tensors.v));
+    EXPECT_TRUE(found_k == k) << value;
+    EXPECT_TRUE(found_v == v) << value;
+  }
+}
+
+TYPED_TEST(AppendKvTest, LayoutsDtypesAndScalesThatCannotRunAreRefusedByName) {
+  this->Create(DType::kBFloat16, 2, 64);
+  const auto refused = [&](auto change, absl::StatusCode code, const char* part) {
+    AppendKvTensors tensors = this->tensors_;
+    change(tensors);
+    const absl::Status status = AppendKv(*this->stream_, kTokens, tensors);
+    EXPECT_EQ(status.code(), code) << status;
+    EXPECT_NE(std::string(status.message()).find(part), std::string::npos) << status;
+  };
+  constexpr absl::StatusCode kInvalid = absl::StatusCode::kInvalidArgument;
+  refused([](auto& t) { t.layout = KvLayout::kHND; }, kInvalid, "page_size is 0, must be at least 1 with HND");
+  refused([](auto& t) { t.kv_dtype = DType::kFloat16; }, absl::StatusCode::kUnimplemented,
+          "no kernel from bfloat16 to float16; there are copies within a dtype, and float32, bfloat16 and float16 to");
+  refused(
+      [](auto& t) {
+        t.kv_dtype = DType::kFloat8E4M3;
+        t.head_dim = 60;
+      },
+      kInvalid, "head_dim is 60, must be a multiple of 8 to quantize");
+  refused(
+      [](auto& t) {
+        t.v_scale = {reinterpret_cast<const float*>(t.k_new.address()), 1};
+      },
+      kInvalid, "v_scale is given, must be empty");
+  refused(
+      [](auto& t) {
+        t.kv_dtype = DType::kFloat8E4M3;
+        t.k = t.k.Sub(4, t.k.size() - 4);
+      },
+      kInvalid, "k must be aligned to 16 bytes");
+  refused(
+      [](auto& t) {
+        t.layout = KvLayout::kHND;
+        t.page_size = 1;
+        t.head_dim = 5;
+      },
+      kInvalid, "a head has 10 bytes, must be a multiple of 4");
+  refused(
+      [](auto& t) {
+        t.kv_heads = 1 << 20;
+        t.head_dim = 1 << 20;
+      },
+      kInvalid, "a row must have less than 2^31 bytes");
 }
 
 }  // namespace
