@@ -19,6 +19,7 @@ namespace pristine::replay_driver {
 enum class DeviceChoice { kAuto, kHost, kCuda };
 enum class PlanFrom { kLengths, kLive };
 enum class Overlap { kOff, kOn, kBoth };
+enum class ModelKind { kAttention, kHybrid };
 
 struct Options {
   DeviceChoice device = DeviceChoice::kAuto;
@@ -30,6 +31,8 @@ struct Options {
   int32_t step_ms = 30;
   int32_t max_batch = 32;
   std::vector<int32_t> buckets;  // empty until Parse fills the default in
+  ModelKind model = ModelKind::kAttention;
+  int32_t gdn_qk_heads = 1, gdn_v_heads = 2;  // of the hybrid model's GDN layers
   attention::DType dtype = attention::DType::kFloat32;
   int32_t heads = 4, kv_heads = 2, head_dim = 64;
   int32_t page_size = 1;
@@ -66,6 +69,7 @@ absl::StatusOr<Options> ParseOptions(absl::Span<const std::string> args);
 std::string HelpText();
 
 const char* ToString(PlanFrom plan_from);
+const char* ToString(ModelKind model);
 const char* ToString(ManagerOptions::Restore restore);
 
 }  // namespace pristine::replay_driver
