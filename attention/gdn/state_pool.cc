@@ -106,11 +106,16 @@ absl::Status StatePool::Free(Slot slot) {
 }
 
 absl::Status StatePool::Protect(BufferManager& manager, const std::string& name) const {
-  const size_t slot_bytes = static_cast<size_t>(view_.slot_stride) * SizeOf(view_.dtype);
-  const std::vector<std::byte> zeros(slot_bytes);
-  const BufferSpec slot0 = {.name = name + ".slot0", .role = Role::kConstant, .kind = Kind::kOpaque};
-  PRISTINE_RETURN_IF_ERROR(manager.Adopt<std::byte>(slot0, view_.states.Sub(0, slot_bytes), zeros).status());
-  return manager.Protect(name, view_.states.Sub(slot_bytes, view_.states.size() - slot_bytes), SizeOf(view_.dtype));
+  const auto protect = [&](const std::string& what, const auto& view) -> absl::Status {
+    const DeviceSpan<std::byte> all = view.states;
+    const size_t slot_bytes = static_cast<size_t>(view.slot_stride) * SizeOf(view.dtype);
+    const std::vector<std::byte> zeros(slot_bytes);
+    const BufferSpec slot0 = {.name = what + ".slot0", .role = Role::kConstant, .kind = Kind::kOpaque};
+    PRISTINE_RETURN_IF_ERROR(manager.Adopt<std::byte>(slot0, all.Sub(0, slot_bytes), zeros).status());
+    return manager.Protect(what, all.Sub(slot_bytes, all.size() - slot_bytes), SizeOf(view.dtype));
+  };
+  PRISTINE_RETURN_IF_ERROR(protect(name, view_));
+  return conv_.dim == 0 ? absl::OkStatus() : protect(name + ".conv", conv_);
 }
 
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows) {

@@ -6,6 +6,8 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "examples/replay_driver/gdn_compare.h"
+#include "examples/replay_driver/gdn_layers.h"
 #include "examples/replay_driver/kv_hash.h"
 #include "pristine/graph_runtime/status.h"
 #include "tests/support/truth.h"
@@ -17,6 +19,8 @@ void CountMismatch(Comparison& comparison, const std::string& what) {
   if (comparison.mismatches++ == 0) comparison.first = what;
 }
 
+}  // namespace
+
 double OutputElement(const ModelConfig& config, const std::vector<std::byte>& out, size_t index) {
   if (config.dtype == attention::DType::kFloat32) {
     float value;
@@ -26,6 +30,19 @@ double OutputElement(const ModelConfig& config, const std::vector<std::byte>& ou
   uint16_t bits;
   std::memcpy(&bits, out.data() + index * sizeof(bits), sizeof(bits));
   return FromBFloat16(bits);
+}
+
+namespace {
+
+// Of all outputs of a GDN layer.
+size_t GdnLayerBytes(const ModelConfig& config, int32_t rows) {
+  return static_cast<size_t>(rows) * config.gdn.v_dim() * attention::SizeOf(config.dtype);
+}
+size_t DifferencesBytes(const ModelConfig& config) {
+  return config.gdn.layers == 0 ? 0 : static_cast<size_t>(GdnLayers::PoolSlots(config)) * config.gdn.layers * 4;
+}
+int64_t GdnBytes(const ModelConfig& config) {
+  return static_cast<int64_t>(DifferencesBytes(config) + GdnLayerBytes(config, config.max_batch()) * config.gdn.layers);
 }
 
 }  // namespace
@@ -39,7 +56,7 @@ absl::StatusOr<OutputCopy> OutputCopy::Create(Device& device, const ModelConfig&
 
 int64_t OutputCopy::Bytes(const ModelConfig& config) {
   const int64_t lse = int64_t{config.max_batch()} * config.heads * static_cast<int64_t>(sizeof(float));
-  return config.layers * (static_cast<int64_t>(config.q_bytes(config.max_batch())) + lse);
+  return config.layers * (static_cast<int64_t>(config.q_bytes(config.max_batch())) + lse) + GdnBytes(config);
 }
 
 OutputCopy::Layer OutputCopy::PlaceOf(int32_t layer) const {
@@ -51,6 +68,17 @@ OutputCopy::Layer OutputCopy::PlaceOf(int32_t layer) const {
           {memory_.As<float>().data() + layer * lses, static_cast<size_t>(bucket_.requests) * config_.heads}};
 }
 
+// Behind all that attention layers need.
+absl::Span<std::byte> OutputCopy::PlaceOfGdn(int32_t layer) const {
+  std::byte* const first = memory_.host() + Bytes(config_) - GdnBytes(config_);
+  return {first + layer * GdnLayerBytes(config_, config_.max_batch()), GdnLayerBytes(config_, bucket_.requests)};
+}
+
+absl::Span<std::byte> OutputCopy::PlaceOfDifferences() const {
+  const size_t bytes = DifferencesBytes(config_);
+  return {memory_.host() + Bytes(config_) - bytes, bytes};
+}
+
 absl::Status OutputCopy::Queue(Stream& stream, const DecodeModel& model, const Extent& bucket) {
   bucket_ = bucket;
   for (int32_t layer = 0; layer < config_.layers; ++layer) {
@@ -60,7 +88,12 @@ absl::Status OutputCopy::Queue(Stream& stream, const DecodeModel& model, const E
         stream.CopyToHost(absl::MakeSpan(reinterpret_cast<std::byte*>(lse.data()), lse.size() * sizeof(float)),
                           AsBytes(model.lse(layer).Sub(0, lse.size()))));
   }
-  return absl::OkStatus();
+  if (config_.gdn.layers == 0) return absl::OkStatus();
+  for (int32_t layer = 0; layer < config_.gdn.layers; ++layer) {
+    const absl::Span<std::byte> out = PlaceOfGdn(layer);
+    PRISTINE_RETURN_IF_ERROR(stream.CopyToHost(out, model.gdn().out(layer).Sub(0, out.size())));
+  }
+  return stream.CopyToHost(PlaceOfDifferences(), AsBytes(model.gdn().differences()));
 }
 
 Outputs OutputCopy::Read() const {
@@ -70,6 +103,13 @@ Outputs OutputCopy::Read() const {
     outputs.out.emplace_back(out.begin(), out.end());
     outputs.lse.emplace_back(lse.begin(), lse.end());
   }
+  for (int32_t layer = 0; layer < config_.gdn.layers; ++layer) {
+    const absl::Span<std::byte> out = PlaceOfGdn(layer);
+    outputs.gdn_out.emplace_back(out.begin(), out.end());
+  }
+  const absl::Span<std::byte> differences = PlaceOfDifferences();
+  outputs.state_differences.resize(differences.size() / sizeof(int32_t));
+  if (!differences.empty()) std::memcpy(outputs.state_differences.data(), differences.data(), differences.size());
   return outputs;
 }
 
@@ -98,6 +138,7 @@ Comparison CompareSame(const ModelConfig& config, const StepInputs& inputs, cons
       }
     }
   }
+  CompareGdnSame(config, inputs, replayed, eager, comparison);
   return comparison;
 }
 
@@ -147,6 +188,7 @@ Comparison CompareTruth(const ModelConfig& config, const StepInputs& inputs, con
                                  "), LSE off by ", lse_error, " (at most ", testing::kLseTolerance, ")"));
     }
   }
+  CompareGdnTruth(config, inputs, replayed, rows, draw, comparison);
   return comparison;
 }
 

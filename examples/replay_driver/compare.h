@@ -22,6 +22,9 @@ namespace pristine::replay_driver {
 struct Outputs {
   std::vector<std::vector<std::byte>> out;  // per layer, [bucket, heads, head_dim]
   std::vector<std::vector<float>> lse;      // per layer, [bucket, heads], base 2
+  // Of a hybrid model; see gdn_layers.h.
+  std::vector<std::vector<std::byte>> gdn_out;  // per GDN layer, [bucket, v_dim]
+  std::vector<int32_t> state_differences;       // [slots, GDN layers]
 };
 
 // The way of a step's outputs to the host: pinned memory, so that the stream's copies never hold up the caller.
@@ -43,11 +46,16 @@ class OutputCopy {
   };
   // In the pinned memory, as much as the last bucket needs.
   Layer PlaceOf(int32_t layer) const;
+  absl::Span<std::byte> PlaceOfGdn(int32_t layer) const;
+  absl::Span<std::byte> PlaceOfDifferences() const;
 
   PinnedBuffer memory_;
   ModelConfig config_;
   Extent bucket_;
 };
+
+// Element `index` of what a layer of `config` put out.
+double OutputElement(const ModelConfig& config, const std::vector<std::byte>& out, size_t index);
 
 struct Comparison {
   int64_t rows = 0;        // compared

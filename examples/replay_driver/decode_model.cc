@@ -59,8 +59,11 @@ attention::DecodePlanConfig WindowPlan(const ModelConfig& config) {
 absl::StatusOr<std::unique_ptr<DecodeModel>> DecodeModel::Create(Device& device, const ModelConfig& config,
                                                                  const KvPool& pool, const ManagerOptions& options) {
   std::unique_ptr<DecodeModel> model(new DecodeModel(config, pool));
+  if (config.gdn.layers > 0) {
+    PRISTINE_ASSIGN_OR_RETURN(model->gdn_, GdnLayers::Create(device, config));
+  }
   PRISTINE_ASSIGN_OR_RETURN(model->manager_, BufferManager::Create(device, options));
-  PRISTINE_RETURN_IF_ERROR(model->RegisterAll());
+  PRISTINE_RETURN_IF_ERROR(model->RegisterAll(options.check != ManagerOptions::Check::kOff));
   PRISTINE_RETURN_IF_ERROR(model->AllocateTensors(device));
   PRISTINE_RETURN_IF_ERROR(model->manager_->Seal());
   return model;
@@ -78,10 +81,11 @@ int64_t DecodeModel::Bytes(const ModelConfig& config, int staging_slots, int mul
   const int64_t tensors = (int64_t{config.layers} + 3) * static_cast<int64_t>(config.q_bytes(config.max_batch()));
   // Each buffer is there live, as the original and as the values that it is registered with; a refilled one also as its
   // engine's and planner's copies and in every staging slot, pinned and on the device.
-  return 4 * (3 * scratch + (6 + 2 * slots) * refilled) + tensors;
+  const int64_t gdn = config.gdn.layers > 0 ? GdnLayers::Bytes(config) : 0;
+  return 4 * (3 * scratch + (6 + 2 * slots) * refilled) + tensors + gdn;
 }
 
-absl::Status DecodeModel::RegisterAll() {
+absl::Status DecodeModel::RegisterAll(bool checked) {
   const int32_t max_batch = config_.max_batch();
 
   attention::StepMetadataConfig metadata;
@@ -92,7 +96,11 @@ absl::Status DecodeModel::RegisterAll() {
   metadata.max_step_pages = MaxStepPages(config_);
   metadata.max_length = MaxLength(config_);
   metadata.worst_length = attention::SparseRowBound(config_.sparse);
+  if (gdn_ != nullptr) metadata.state_slots = GdnLayers::PoolSlots(config_);
   PRISTINE_ASSIGN_OR_RETURN(metadata_, attention::StepMetadata::Create(*manager_, metadata));
+  if (gdn_ != nullptr && checked) {
+    PRISTINE_RETURN_IF_ERROR(gdn_->pool().Protect(*manager_, "gdn_states"));
+  }
 
   // A request's id selects what it computes with, as a state slot would: padding is -1.
   BufferSpec requests;
@@ -120,6 +128,20 @@ absl::Status DecodeModel::RegisterAll() {
   PRISTINE_ASSIGN_OR_RETURN(sparse_decode_, attention::PagedDecode::Create(*sparse_plan_, scale));
   PRISTINE_ASSIGN_OR_RETURN(window_decode_, attention::PagedDecode::Create(*window_plan_, scale));
   return absl::OkStatus();
+}
+
+absl::Status DecodeModel::AssignSlots(Stream& stream, absl::Span<const ActiveRequest> active, StepInputs& inputs) {
+  return gdn_ == nullptr ? absl::OkStatus() : gdn_->Assign(stream, active, inputs.state_slots);
+}
+
+absl::Status DecodeModel::ReleaseSlots() { return gdn_ == nullptr ? absl::OkStatus() : gdn_->ReleaseAll(); }
+
+absl::Status DecodeModel::TakeStatesOf(Stream& stream, const DecodeModel& other) {
+  return gdn_ == nullptr ? absl::OkStatus() : gdn_->TakeStatesOf(stream, *other.gdn_);
+}
+
+absl::Status DecodeModel::CompareStates(Stream& stream, const DecodeModel& other) {
+  return gdn_ == nullptr ? absl::OkStatus() : gdn_->CompareStates(stream, *other.gdn_);
 }
 
 absl::Status DecodeModel::ProtectPool() {
@@ -159,7 +181,8 @@ absl::Status DecodeModel::Begin(const StepInputs& inputs) {
                                               .kv_indptr = inputs.kv_indptr,
                                               .kv_indices = inputs.kv_indices,
                                               .slots = inputs.slots,
-                                              .positions = inputs.positions}));
+                                              .positions = inputs.positions,
+                                              .state_slots = inputs.state_slots}));
   PRISTINE_RETURN_IF_ERROR(manager_->Refill<int32_t>(requests_, inputs.requests));
   for (size_t layer = 0; layer < tables_.size(); ++layer) {
     PRISTINE_RETURN_IF_ERROR(manager_->Refill<int32_t>(tables_[layer], inputs.tables[layer]));
@@ -178,6 +201,10 @@ absl::Status DecodeModel::FinishPlans(const StepInputs& inputs) {
 
 absl::Status DecodeModel::Body(Stream& stream, const Extent& bucket) {
   for (int32_t layer = 0; layer < config_.layers; ++layer) {
+    for (int32_t i = 0; gdn_ != nullptr && i < kGdnPerAttention; ++i) {
+      PRISTINE_RETURN_IF_ERROR(gdn_->Run(stream, bucket.requests, layer * kGdnPerAttention + i, requests_.live,
+                                         metadata_->positions().live, metadata_->state_slots().live));
+    }
     const ModelInputsParams params = {.seed = config_.seed,
                                       .layer = layer,
                                       .rows = bucket.requests,

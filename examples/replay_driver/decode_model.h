@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "examples/replay_driver/gdn_layers.h"
 #include "examples/replay_driver/kv_pool.h"
 #include "examples/replay_driver/model_config.h"
 #include "examples/replay_driver/step_inputs.h"
@@ -34,6 +35,16 @@ class DecodeModel {
 
   // About how much Host memory one takes while it is created, the pool apart.
   static int64_t Bytes(const ModelConfig& config, int staging_slots, int multiprocessors);
+
+  // Of a hybrid model (no-ops otherwise): sets inputs.state_slots, with the states of those that are new queued on
+  // `stream`; and takes all slots back.
+  absl::Status AssignSlots(Stream& stream, absl::Span<const ActiveRequest> active, StepInputs& inputs);
+  absl::Status ReleaseSlots();
+  // Queues the taking over of `other`'s states, and their comparison. No-ops likewise.
+  absl::Status TakeStatesOf(Stream& stream, const DecodeModel& other);
+  absl::Status CompareStates(Stream& stream, const DecodeModel& other);
+  // Only of a hybrid model.
+  const GdnLayers& gdn() const { return *gdn_; }
 
   // Has the manager watch the pool for undeclared writes.
   absl::Status ProtectPool();
@@ -82,12 +93,13 @@ class DecodeModel {
     DeviceBuffer lse;  // [max batch, heads]
   };
   DecodeModel(const ModelConfig& config, const KvPool& pool) : config_(config), pool_(pool) {}
-  absl::Status RegisterAll();
+  absl::Status RegisterAll(bool checked);
   absl::Status AllocateTensors(Device& device);
 
   const ModelConfig config_;
   const KvPool& pool_;
   std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<GdnLayers> gdn_;  // null: no such layers
   std::unique_ptr<attention::StepMetadata> metadata_;
   std::unique_ptr<attention::SparsePageTable> sparse_;
   std::unique_ptr<attention::DecodePlan> sparse_plan_, window_plan_;

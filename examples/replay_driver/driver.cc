@@ -146,6 +146,7 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
   report.command_line = {"replay_driver"};
   report.command_line.insert(report.command_line.end(), args.begin(), args.end());
   report.trace = options->trace;
+  report.model = ToString(options->model);
   report.plan_from = ToString(options->plan_from);
   report.restore = ToString(options->restore);
   if (html_file.wanted()) report.log.Enable();

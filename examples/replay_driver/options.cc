@@ -123,6 +123,12 @@ std::vector<OptionSpec> Specs() {
       Number("step-ms", "N", "virtual time of a step (30)", &Options::step_ms, 1, 60000),
       Number("max-batch", "N", "most requests at a time (32)", &Options::max_batch, 1, 4096),
       {"buckets", "LIST", "batch sizes to capture (powers of two below max-batch, and max-batch)", SetBuckets},
+      Choice("model", "attention|hybrid",
+             "hybrid: three gated delta net layers in front of each attention layer, states by slot (attention)",
+             &Options::model, {{"attention", ModelKind::kAttention}, {"hybrid", ModelKind::kHybrid}}),
+      Number("gdn-qk-heads", "N", "query and key heads, of 128, of a gated delta net layer (1)", &Options::gdn_qk_heads,
+             1, 64),
+      Number("gdn-v-heads", "N", "value heads, of 128, of a gated delta net layer (2)", &Options::gdn_v_heads, 1, 256),
       Choice("dtype", "float32|bfloat16", "of Q, K, V and outputs (float32)", &Options::dtype,
              {{"float32", attention::DType::kFloat32}, {"bfloat16", attention::DType::kBFloat16}}),
       Number("heads", "N", "query heads (4)", &Options::heads, 1, 1024),
@@ -222,6 +228,20 @@ absl::Status CheckSpec(const Options& o) {
   return absl::OkStatus();
 }
 
+// What --model=hybrid goes with.
+absl::Status CheckHybrid(const Options& o) {
+  if (o.gdn_v_heads % o.gdn_qk_heads != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--gdn-v-heads=", o.gdn_v_heads, ": expected a multiple of --gdn-qk-heads, which is ", o.gdn_qk_heads));
+  }
+  if (o.model == ModelKind::kHybrid && o.inject != Injection::kNone) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--inject=", ToString(o.inject),
+                     " with --model=hybrid: expected none; a step that is tried twice would move states on twice"));
+  }
+  return absl::OkStatus();
+}
+
 // Sizes within these bounds pass every check of the libraries, those of partial results (at most 2^29 values) included.
 absl::Status CheckTogether(const Options& o) {
   // Four arrivals a second: a bound on what the generator makes.
@@ -263,7 +283,11 @@ absl::Status CheckTogether(const Options& o) {
     return absl::InvalidArgumentError(absl::StrCat("--kv-tokens=", o.kv_tokens, " in --kv-groups=", o.kv_groups,
                                                    ": expected a product that fits in 31 bits"));
   }
-  return CheckSpec(o);
+  if (o.spec > 0 && o.model == ModelKind::kHybrid) {
+    return absl::InvalidArgumentError("--spec with --model=hybrid: expected attention");
+  }
+  PRISTINE_RETURN_IF_ERROR(CheckSpec(o));
+  return CheckHybrid(o);
 }
 
 }  // namespace
@@ -325,6 +349,8 @@ std::string HelpText() {
       "failed call or kernel; 6 internal: a rule of this program's own was broken. 3 outranks 4.\n");
   return text;
 }
+
+const char* ToString(ModelKind model) { return model == ModelKind::kHybrid ? "hybrid" : "attention"; }
 
 const char* ToString(PlanFrom plan_from) { return plan_from == PlanFrom::kLive ? "live" : "lengths"; }
 

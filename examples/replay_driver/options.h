@@ -22,6 +22,7 @@ enum class Overlap { kOff, kOn, kBoth };
 // With --spec: the draft model takes in what was accepted, as many tokens as each request got, or T + 1 for each.
 enum class DraftExtend { kRagged, kFixed, kFixedDecode };
 enum class AcceptRule { kRandom, kNone, kAll };
+enum class ModelKind { kAttention, kHybrid };
 
 struct Options {
   DeviceChoice device = DeviceChoice::kAuto;
@@ -33,6 +34,8 @@ struct Options {
   int32_t step_ms = 30;
   int32_t max_batch = 32;
   std::vector<int32_t> buckets;  // empty until Parse fills the default in
+  ModelKind model = ModelKind::kAttention;
+  int32_t gdn_qk_heads = 1, gdn_v_heads = 2;  // of the hybrid model's GDN layers
   attention::DType dtype = attention::DType::kFloat32;
   int32_t heads = 4, kv_heads = 2, head_dim = 64;
   int32_t page_size = 1;
@@ -73,6 +76,7 @@ std::string HelpText();
 
 const char* ToString(PlanFrom plan_from);
 const char* ToString(DraftExtend draft_extend);
+const char* ToString(ModelKind model);
 const char* ToString(ManagerOptions::Restore restore);
 
 }  // namespace pristine::replay_driver

@@ -76,6 +76,7 @@ std::vector<std::pair<std::string, std::string>> SummaryLines(const RunReport& r
   line("device", absl::StrCat(r.device, r.host_emulation ? ", an emulation" : ""));
   line("protection", r.protection_level);
   line("trace", r.trace);
+  line("model", r.model);
   line("plan from, restore", absl::StrCat(r.plan_from, ", ", r.restore));
   line("steps", absl::StrCat(r.steps));
   line("requests", absl::StrCat(r.requests_finished, " finished, ", r.requests_refused.total(), " refused"));
@@ -92,6 +93,7 @@ std::vector<std::pair<std::string, std::string>> SummaryLines(const RunReport& r
     line("gain", absl::StrCat(NumberText(r.with_overlap->steps_per_second() / r.without_overlap->steps_per_second()),
                               " times the steps per second"));
   }
+  if (r.state_slots_handed_out > 0) line("state slots", absl::StrCat(r.state_slots_handed_out, " handed out"));
   line("restored bytes", absl::StrCat(r.restored_bytes));
   line("expected writes", absl::StrCat(r.expected_writes));
   line("pollutions", absl::StrCat(r.pollutions.total()));
@@ -131,6 +133,7 @@ void WriteJson(const RunReport& r, std::ostream& out) {
   field("device", JsonText(r.device));
   field("protection_level", JsonText(r.protection_level));
   field("trace", JsonText(r.trace));
+  field("model", JsonText(r.model));
   field("steps", absl::StrCat(r.steps));
   field("requests_finished", absl::StrCat(r.requests_finished));
   field("requests_refused", absl::StrCat(r.requests_refused.total()));
@@ -140,6 +143,7 @@ void WriteJson(const RunReport& r, std::ostream& out) {
   field("captures", absl::StrCat(r.captures));
   field("replays", absl::StrCat(r.replays));
   field("replays_by_bucket", absl::StrCat("{", absl::StrJoin(buckets, ", "), "}"));
+  field("state_slots_handed_out", absl::StrCat(r.state_slots_handed_out));
   field("restored_bytes", absl::StrCat(r.restored_bytes));
   field("expected_writes", absl::StrCat(r.expected_writes));
   list("pollutions", r.pollutions);

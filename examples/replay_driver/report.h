@@ -57,6 +57,7 @@ struct RunReport {
   bool host_emulation = false;
   std::string protection_level;
   std::string trace;
+  std::string model;
   std::string plan_from, restore;
   int64_t steps = 0;
   int64_t requests_finished = 0;
@@ -66,6 +67,7 @@ struct RunReport {
   int64_t captures = 0;
   int64_t replays = 0;
   std::vector<std::pair<int32_t, int64_t>> replays_by_bucket;  // requests, replays
+  int64_t state_slots_handed_out = 0;                          // of a hybrid model
   int64_t restored_bytes = 0;
   int64_t expected_writes = 0;
   CappedList pollutions;            // memory that was written by who must not

@@ -32,6 +32,9 @@ ModelConfig ModelConfigOf(const Options& options) {
   config.sparse.block = options.sparse_block;
   config.sparse.topk = options.topk_blocks;
   config.sparse.dense_len = options.dense_len;
+  if (options.model == ModelKind::kHybrid) {
+    config.gdn = {kGdnPerAttention * options.layers, options.gdn_qk_heads, options.gdn_v_heads};
+  }
   return config;
 }
 
@@ -174,6 +177,7 @@ absl::Status Session::ServeOnce(absl::Span<const TraceRequest> trace, bool overl
   {
     const Stopwatch all(times_.ms);
     scheduler_.emplace(trace, config);
+    PRISTINE_RETURN_IF_ERROR(model_->ReleaseSlots());
     while (status.ok() && !report_.plan_refused && scheduler_->NextStep()) {
       const absl::Span<const ActiveRequest> active = scheduler_->active();
       if (!active.empty()) status = RunStep(first_step_ + scheduler_->steps() - 1, active);
@@ -207,6 +211,7 @@ absl::Status Session::RunStep(int64_t step, absl::Span<const ActiveRequest> acti
     pages.remove_prefix(request.pages.size());
   }
   inputs_.Set(model_->config(), active);
+  PRISTINE_RETURN_IF_ERROR(model_->AssignSlots(*stream_, active, inputs_));
   PRISTINE_ASSIGN_OR_RETURN(inputs_.bucket, runner_->BucketFor(inputs_.extent));
   PRISTINE_RETURN_IF_ERROR(Prepare(step));
   if (report_.plan_refused) return absl::OkStatus();
@@ -241,6 +246,10 @@ absl::Status Session::Prepare(int64_t step) {
 }
 
 absl::Status Session::Launch(StepInFlight& launched) {
+  const bool compares = options_.compare_eager > 0 && launched.step % options_.compare_eager == 0;
+  if (compares) {
+    PRISTINE_RETURN_IF_ERROR(shadow_->TakeStatesOf(*stream_, *model_));
+  }
   const auto begin = std::chrono::steady_clock::now();
   PRISTINE_RETURN_IF_ERROR(runner_->Replay(*stream_, inputs_.bucket, inputs_.extent));
   if (environment_.after_replay) {
@@ -256,7 +265,7 @@ absl::Status Session::Launch(StepInFlight& launched) {
     PRISTINE_RETURN_IF_ERROR(Wait([this] { return stream_->Synchronize(); }));
     launched.us = MicrosecondsSince(begin);
   }
-  if (options_.compare_eager > 0 && launched.step % options_.compare_eager == 0) {
+  if (compares) {
     PRISTINE_RETURN_IF_ERROR(QueueComparison(launched));
   }
   // Without overlap what is not compared is done by now: the event stays as it was, reached.
@@ -302,6 +311,7 @@ absl::Status Session::QueueComparison(StepInFlight& compared) {
   compared.inputs = inputs_;
   PRISTINE_RETURN_IF_ERROR(compared.replayed_copy.Queue(*stream_, *model_, inputs_.bucket));
   PRISTINE_RETURN_IF_ERROR(shadow_->RunEagerly(*stream_, inputs_, options_.restore));
+  PRISTINE_RETURN_IF_ERROR(shadow_->CompareStates(*stream_, *model_));
   compared.shadow_replay = shadow_->manager().stats().replays;
   return compared.eager_copy.Queue(*stream_, *shadow_, inputs_.bucket);
 }
@@ -424,6 +434,7 @@ absl::Status Session::Finish() {
   report_.expected_writes = stats.expected_writes;
   report_.captures = runner_->stats().captures;
   report_.capture_ms = runner_->stats().capture_ms;
+  if (options_.model == ModelKind::kHybrid) report_.state_slots_handed_out = model_->gdn().handed_out();
   report_.replays_by_bucket.clear();
   for (size_t i = 0; i < runner_->buckets().size(); ++i) {
     report_.replays_by_bucket.emplace_back(runner_->buckets()[i].requests, runner_->stats().replays_by_bucket[i]);

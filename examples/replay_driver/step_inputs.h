@@ -22,7 +22,9 @@ struct StepInputs {
   std::vector<std::vector<int32_t>> tables;  // per sparse layer, [groups * requests, topk] blocks
   std::vector<int32_t> plan_lengths;         // [groups * requests] tokens: what the sparse path is planned from
 
-  // All but `bucket`; plan_lengths as they should be. Keeps the vectors' memory.
+  std::vector<int32_t> state_slots;  // [requests] of a hybrid model; see DecodeModel::AssignSlots
+
+  // All but `bucket` and `state_slots`; plan_lengths as they should be. Keeps the vectors' memory.
   void Set(const ModelConfig& config, absl::Span<const ActiveRequest> active);
 };
 

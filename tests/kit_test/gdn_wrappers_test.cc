@@ -2,13 +2,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "absl/types/span.h"
+#include "pristine/attention/gdn/causal_conv1d.h"
 #include "pristine/attention/gdn/qkv_split.h"
 #include "pristine/attention/gdn/recurrent.h"
 #include "pristine/attention/gdn/state_pool.h"
@@ -195,6 +199,78 @@ class DecodeWrapper : public GdnWrapper {
   DeviceBuffer qkv_;
 };
 
+// What a layer of a model does with a token each: the convolution, straight into normalised q, k and v, and the rule.
+// Two pools, of convolution states and of the rule's.
+class ConvDecodeWrapper : public GdnWrapper {
+ public:
+  static StateShape Shape(DType dtype, DType state) {
+    StateShape shape = GdnShape(dtype, state, 1);
+    shape.states.push_back({"conv_states", dtype, kDim * kConvHistory});
+    shape.rule = [](const StateRow& row, const Values& inputs, Values& states, Values& outputs) {
+      Values convolved = inputs;
+      for (int32_t c = 0; c < kDim; ++c) {
+        double* const history = &states[1][static_cast<size_t>(c) * kConvHistory];
+        double& x = convolved[0][static_cast<size_t>(c)];
+        const double sum =
+            Weight(c, 0) * history[0] + Weight(c, 1) * history[1] + Weight(c, 2) * history[2] + Weight(c, 3) * x;
+        std::copy(history + 1, history + 3, history);
+        history[2] = x;
+        x = sum / (1 + std::exp(-sum));
+      }
+      GdnRule([](const StateRow&) { return 1; })(row, convolved, states, outputs);
+    };
+    return shape;
+  }
+  static absl::StatusOr<std::unique_ptr<ConvDecodeWrapper>> Create(Device& device, Stream& stream,
+                                                                   const StateShape& shape) {
+    std::unique_ptr<ConvDecodeWrapper> wrapper(new ConvDecodeWrapper(shape));
+    PRISTINE_RETURN_IF_ERROR(wrapper->Open(device, stream));
+    const size_t element = attention::SizeOf(shape.inputs[0].dtype);
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->qkv_, device.Allocate(element * shape.max_tokens() * kDim, "qkv"));
+    std::vector<std::byte> weight(element * kDim * kConvWidth);
+    for (int32_t i = 0; i < kDim * kConvWidth; ++i) {
+      Store(shape.inputs[0].dtype, Weight(i / kConvWidth, i % kConvWidth), &weight[static_cast<size_t>(i) * element]);
+    }
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->weight_, device.Allocate(weight.size(), "conv weight"));
+    PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(wrapper->weight_.As<std::byte>(), weight));
+    PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+    PRISTINE_RETURN_IF_ERROR(wrapper->manager_->Seal());
+    return wrapper;
+  }
+
+ private:
+  explicit ConvDecodeWrapper(const StateShape& shape) : GdnWrapper(shape) {}
+  // Multiples of 1/64, the same in every dtype.
+  static float Weight(int32_t channel, int32_t tap) {
+    return static_cast<float>((channel * 7 + tap * 13) % 64 - 32) / 64;
+  }
+  static void Store(DType dtype, float value, std::byte* to) {
+    uint32_t bits = std::bit_cast<uint32_t>(value);
+    if (dtype == DType::kBFloat16) bits >>= 16;
+    std::memcpy(to, &bits, attention::SizeOf(dtype));
+  }
+  absl::Status Layer(Stream& stream, int32_t bucket, const StateTensors& t) override {
+    const size_t row = static_cast<size_t>(shape_.max_tokens()) * attention::SizeOf(shape_.inputs[0].dtype);
+    const DeviceSpan<std::byte> all = qkv_.As<std::byte>();
+    const ConvOutputs qkv = {.q_dim = kQkDim,
+                             .k_dim = kQkDim,
+                             .v_dim = kVDim,
+                             .q = all.Sub(0, row * kQkDim),
+                             .k = all.Sub(row * kQkDim, row * kQkDim),
+                             .v = all.Sub(2 * row * kQkDim, row * kVDim)};
+    const DeviceSpan<const int32_t> slots = metadata_->state_slots().live;
+    PRISTINE_RETURN_IF_ERROR(CausalConv1dUpdate(
+        stream, bucket, {.x = {t.inputs[0]}, .weight = weight_.As<const std::byte>(), .cache_indices = slots},
+        {shape_.states[1].dtype, kDim, shape_.slots(), kDim * kConvHistory, t.states[1]}, qkv));
+    PRISTINE_ASSIGN_OR_RETURN(const StateView view, View(t));
+    return Decode(
+        stream, bucket,
+        {.qk_heads = kQkHeads, .q = {qkv.q}, .k = {qkv.k}, .v = {qkv.v}, .gates = Gates(t), .cache_indices = slots},
+        view, t.outputs[0]);
+  }
+  DeviceBuffer qkv_, weight_;
+};
+
 // Verifies a chain of draft tokens, then commits as many as a request's slot says: 0 and all among them.
 class VerifyWrapper : public GdnWrapper {
  public:
@@ -266,6 +342,14 @@ TYPED_TEST(GdnWrappersTest, DecodeConforms) { this->template Check<DecodeWrapper
 
 TYPED_TEST(GdnWrappersTest, DecodeInBFloat16Conforms) {
   this->template Check<DecodeWrapper>(DType::kBFloat16, DType::kBFloat16);
+}
+
+TYPED_TEST(GdnWrappersTest, ConvolutionAndDecodeConform) {
+  this->template Check<ConvDecodeWrapper>(DType::kFloat32, DType::kFloat32);
+}
+
+TYPED_TEST(GdnWrappersTest, ConvolutionAndDecodeInBFloat16Conform) {
+  this->template Check<ConvDecodeWrapper>(DType::kBFloat16, DType::kBFloat16);
 }
 
 TYPED_TEST(GdnWrappersTest, VerifyAndCommitConform) {

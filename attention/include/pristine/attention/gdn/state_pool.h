@@ -77,7 +77,8 @@ class StatePool {
 
   // Has `manager`, which must go before the pool, look after it: a write to slot 0 is reported as pollution of
   // `name`.slot0 and healed (checks as for any constant, ManagerOptions::check), and on devices that enforce accesses
-  // an undeclared write to the other slots as one to `name`. Before the first capture. Codes of BufferManager::Adopt.
+  // an undeclared write to the other slots as one to `name`; of convolution states under `name`.conv. Before the first
+  // capture. Codes of BufferManager::Adopt.
   absl::Status Protect(BufferManager& manager, const std::string& name) const;
 
   int32_t free_slots() const { return static_cast<int32_t>(free_.size()); }
