@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "attention/kernels/divider.h"
 #include "attention/kernels/paged_decode.h"
 #include "attention/kernels/plan_layout.h"
 #include "attention/variants.h"
@@ -38,34 +37,51 @@ Planned PlannedRange(const DecodePlanConfig& config, int32_t length) {
   return {config.window > 0 ? std::max(0, end - config.window) : 0, end};
 }
 
-// Of rows of `sizes` tokens. The planner asks some ten times per step, so this must become vector instructions.
-int64_t CountItems(absl::Span<const int32_t> sizes, int32_t chunk) {
-  const Divider chunks = MakeDivider(chunk);
-  uint32_t count = 0;
-  for (const int32_t size : sizes) {
-    const uint32_t some = size > 0;
-    count += chunks.Quotient(static_cast<uint32_t>(size) - some) + some;
+// ceil(n / divisor) for n < 2^31 and divisor > 1, without a division: the planner asks some thousand times per step.
+class CeilDivider {
+ public:
+  explicit CeilDivider(int32_t divisor)
+      : before_(divisor - 1), reciprocal_(std::numeric_limits<uint64_t>::max() / static_cast<uint32_t>(divisor) + 1) {}
+  int32_t operator()(int32_t n) const {
+    const uint32_t sum = static_cast<uint32_t>(n) + before_;
+    return static_cast<int32_t>((static_cast<unsigned __int128>(reciprocal_) * sum) >> 64);
+  }
+
+ private:
+  uint32_t before_;
+  uint64_t reciprocal_;
+};
+
+int64_t CountItems(const DecodePlanConfig& config, absl::Span<const int32_t> lengths, int32_t chunk) {
+  const CeilDivider items_of(chunk);
+  int64_t count = 0;
+  for (const int32_t length : lengths) {
+    const Planned planned = PlannedRange(config, length);
+    count += items_of(planned.end - planned.begin);
   }
   return count;
 }
 
 absl::Status CheckLengths(const DecodePlanConfig& config, absl::Span<const int32_t> lengths) {
-  int32_t any_sign = 0;
-  for (const int32_t length : lengths) any_sign |= length;
-  if (any_sign >= 0) return absl::OkStatus();
   int64_t sum = 0;
-  size_t i = 0;
-  while (lengths[i] >= 0) sum += lengths[i++];
-  return absl::InvalidArgumentError(
-      absl::StrCat(config.name, ": kv_indptr falls from ", sum, " at ", i, " to ", sum + lengths[i], " at ", i + 1));
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const int64_t next = sum + lengths[i];
+    if (next < sum) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(config.name, ": kv_indptr falls from ", sum, " at ", i, " to ", next, " at ", i + 1));
+    }
+    sum = next;
+  }
+  return absl::OkStatus();
 }
 
-// The smallest chunk, in tokens, with which rows of `sizes` tokens need no more than `places` items. `places` is at
-// least the number of rows, so a chunk as long as the longest row always does.
-int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> sizes, int64_t places) {
-  int64_t tokens = 0, rows = 0;
-  int32_t longest = 0;
-  for (const int32_t size : sizes) {
+// The smallest chunk, in tokens, with which the rows need no more than `places` items. `places` is at least the number
+// of rows, so a chunk as long as the longest row always does.
+int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> lengths, int64_t places) {
+  int64_t tokens = 0, longest = 0, rows = 0;
+  for (const int32_t length : lengths) {
+    const Planned planned = PlannedRange(config, length);
+    const int64_t size = planned.end - planned.begin;
     tokens += size;
     longest = std::max(longest, size);
     rows += size > 0;
@@ -81,7 +97,7 @@ int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> 
   const auto chunk = [unit](int64_t count) { return static_cast<int32_t>(std::min(count * unit, kMaxInt32)); };
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (CountItems(sizes, chunk(middle)) <= places) {
+    if (CountItems(config, lengths, chunk(middle)) <= places) {
       high = middle;
     } else {
       low = middle + 1;
@@ -167,12 +183,7 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
                                                    rows + 1));
   }
   PRISTINE_RETURN_IF_ERROR(CheckLengths(config, lengths));
-  const absl::Span<int32_t> sizes = item_indptr.first(lengths.size());  // until it is filled below
-  for (size_t i = 0; i < lengths.size(); ++i) {
-    const Planned planned = PlannedRange(config, lengths[i]);
-    sizes[i] = planned.end - planned.begin;
-  }
-  const int32_t chunk = SmallestChunk(config, sizes, places);
+  const int32_t chunk = SmallestChunk(config, lengths, places);
   int32_t count = 0;
   item_indptr[0] = 0;
   for (int32_t row = 0; row < rows; ++row) {
