@@ -80,9 +80,11 @@ absl::Status CheckShape(const AppendKvTensors& t, bool quantizes) {
     return absl::InvalidArgumentError(
         absl::StrCat("append_kv: page_size is ", t.page_size, ", must be at least 1 with ", ToString(t.layout)));
   }
-  if (head > std::numeric_limits<int32_t>::max() / t.kv_heads) {
-    return absl::InvalidArgumentError(absl::StrCat("append_kv: kv_heads is ", t.kv_heads, " and head_dim ", t.head_dim,
-                                                   ", a row must have less than 2^31 bytes"));
+  constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+  if (head > kMaxInt32 / t.kv_heads || (hnd && head * t.kv_heads > kMaxInt32 / t.page_size)) {
+    return absl::InvalidArgumentError(absl::StrCat("append_kv: kv_heads is ", t.kv_heads, ", head_dim ", t.head_dim,
+                                                   " and page_size ", t.page_size, ", a ", hnd ? "page" : "row",
+                                                   " must have fewer than 2^31 bytes"));
   }
   if (quantizes && t.head_dim % 8 != 0) {
     return absl::InvalidArgumentError(

@@ -20,7 +20,7 @@ struct AppendKvParams {
   void* v;  // + head * head_stride + d
   const float* k_scale;  // [1], quantizing only; null: 1
   const float* v_scale;
-  int64_t page_stride, token_stride, head_stride;  // elements
+  int64_t page_stride, token_stride, head_stride;  // elements; a page has fewer than 2^31 bytes
   int64_t num_slots;
   int32_t tokens;  // > 0
   int32_t page_size, kv_heads, head_dim;

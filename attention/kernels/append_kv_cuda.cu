@@ -1,5 +1,5 @@
-// One vector of K or V per thread: its load does not wait for the slot, and with many small blocks there are always
-// enough bytes in flight.
+// One vector of K and one of V per thread: their loads do not wait for the slot, and with many small blocks there are
+// always enough bytes in flight.
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
@@ -10,7 +10,21 @@ namespace pristine::attention {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr long long kMaxGridY = 65535;
+constexpr int kMaxGridY = 65535;
+
+// A load that is made where it stands: left to itself, nvcc makes it after the slot has been read and checked.
+__device__ inline uint4 LoadNow(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return value;
+}
+__device__ inline unsigned LoadNow(const unsigned* from) {
+  unsigned value;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(from)));
+  return value;
+}
 
 // What one thread moves: From is a vector of the rows, To one of the pool.
 template <class Word>
@@ -43,40 +57,44 @@ struct Quantize {
 };
 template <>
 struct Quantize<float> {
-  using From = float4;
+  using From = uint4;
   using To = unsigned;
   __device__ static To Convert(From from, const float* scale) {
     const float factor = QuantizeFactor(scale);
-    return QuantizePair(from.x * factor, from.y * factor) |
-           static_cast<unsigned>(QuantizePair(from.z * factor, from.w * factor)) << 16;
+    const auto two = [&](unsigned x, unsigned y) -> unsigned {
+      return QuantizePair(__uint_as_float(x) * factor, __uint_as_float(y) * factor);
+    };
+    return two(from.x, from.y) | two(from.z, from.w) << 16;
   }
 };
 
+// In vectors. A page has fewer than 2^31 bytes.
 struct AppendKvLaunch {
   AppendKvParams params;
-  int row_vectors;
-  Divider head_vectors, page_size;
-  long long page_stride, token_stride, head_stride;  // vectors of the pool
+  unsigned row;
+  unsigned page_stride, token_stride, head_stride;  // of the pool
+  Divider head, page_size;
 };
 
-// Block: (vectors of a row, rows). Grid: (rows, vectors, K and V).
+// Block: (vectors of a row, rows). Grid: (rows, vectors).
 template <class Op>
 __global__ void __launch_bounds__(kThreads) AppendKvKernel(const __grid_constant__ AppendKvLaunch launch) {
   const AppendKvParams& p = launch.params;
-  const long long token = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (token >= p.tokens) return;
-  const bool is_v = blockIdx.z != 0;
-  const auto* const from = static_cast<const typename Op::From*>(is_v ? p.v_new : p.k_new) + token * launch.row_vectors;
+  const unsigned token = blockIdx.x * blockDim.y + threadIdx.y;
+  if (token >= static_cast<unsigned>(p.tokens)) return;
   const int slot = p.slots[token];
-  for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < static_cast<unsigned>(launch.row_vectors);
-       i += gridDim.y * blockDim.x) {
-    const typename Op::From vector = from[i];
+  for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < launch.row; i += gridDim.y * blockDim.x) {
+    const unsigned long long from = static_cast<unsigned long long>(token) * launch.row + i;
+    const typename Op::From k = LoadNow(static_cast<const typename Op::From*>(p.k_new) + from);
+    const typename Op::From v = LoadNow(static_cast<const typename Op::From*>(p.v_new) + from);
+    const unsigned head = launch.head.Quotient(i);
+    const unsigned in_token = head * launch.head_stride + i - head * launch.head.divisor;
     if (slot < 0 || slot >= p.num_slots) return;
-    const long long page = launch.page_size.Quotient(slot);
-    const long long head = launch.head_vectors.Quotient(i);
-    const long long to = page * launch.page_stride + (slot - page * p.page_size) * launch.token_stride +
-                         head * launch.head_stride + (i - head * launch.head_vectors.divisor);
-    static_cast<typename Op::To*>(is_v ? p.v : p.k)[to] = Op::Convert(vector, is_v ? p.v_scale : p.k_scale);
+    const unsigned page = launch.page_size.Quotient(slot);
+    const unsigned in_page = (slot - page * launch.page_size.divisor) * launch.token_stride + in_token;
+    const unsigned long long to = static_cast<unsigned long long>(page) * launch.page_stride + in_page;
+    static_cast<typename Op::To*>(p.k)[to] = Op::Convert(k, p.k_scale);
+    static_cast<typename Op::To*>(p.v)[to] = Op::Convert(v, p.v_scale);
   }
 }
 
@@ -87,20 +105,21 @@ int LaunchAppend(CUstream_st* stream, AppendKvParams params, int vector) {
     params.head_dim *= params.kv_heads;
     params.kv_heads = 1;
   }
-  const int head_vectors = params.head_dim / vector;
+  const int head = params.head_dim / vector;
+  const int row = params.kv_heads * head;
   AppendKvLaunch launch = {.params = params,
-                           .row_vectors = params.kv_heads * head_vectors,
-                           .head_vectors = MakeDivider(head_vectors),
-                           .page_size = MakeDivider(params.page_size),
-                           .page_stride = params.page_stride / vector,
-                           .token_stride = params.token_stride / vector,
-                           .head_stride = params.head_stride / vector};
+                           .row = static_cast<unsigned>(row),
+                           .page_stride = static_cast<unsigned>(params.page_stride / vector),
+                           .token_stride = static_cast<unsigned>(params.token_stride / vector),
+                           .head_stride = static_cast<unsigned>(params.head_stride / vector),
+                           .head = MakeDivider(head),
+                           .page_size = MakeDivider(params.page_size)};
   void* arguments[] = {&launch};
-  const int lanes = launch.row_vectors < kThreads ? launch.row_vectors : kThreads;
+  const int lanes = row < kThreads ? row : kThreads;
   const int rows = kThreads / lanes;
-  const long long columns = (launch.row_vectors - 1) / lanes + 1;
+  const int columns = (row - 1) / lanes + 1;
   const dim3 grid(static_cast<unsigned>((params.tokens - 1) / rows + 1),
-                  static_cast<unsigned>(columns < kMaxGridY ? columns : kMaxGridY), 2);
+                  static_cast<unsigned>(columns < kMaxGridY ? columns : kMaxGridY));
   return cudaLaunchKernel(reinterpret_cast<const void*>(&AppendKvKernel<Op>), grid,
                           dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows)), arguments, 0, stream);
 }

@@ -10,6 +10,7 @@
 namespace pristine::attention {
 namespace {
 
+constexpr int kPairThreads = 256;  // of a block per token with few heads
 constexpr int kHeadGridThreads = 128;
 constexpr int kSetsThreads = 128;
 constexpr int kSetsUnroll = 4;  // states whose loads are in flight together
@@ -149,7 +150,7 @@ __device__ inline void ReportIfInfinite(float lse, long long row, int head, int 
 // The threads of this thread's head, in its warp.
 template <int kLanes>
 __device__ inline unsigned HeadMask() {
-  const unsigned lane = (threadIdx.y * kLanes + threadIdx.x) % 32;
+  const unsigned lane = ((threadIdx.z * blockDim.y + threadIdx.y) * kLanes + threadIdx.x) % 32;
   return (0xffffffffu >> (32 - kLanes)) << (lane / kLanes * kLanes);
 }
 
@@ -166,22 +167,22 @@ __device__ inline void WriteMerged(const MergeOutput& out, long long row, int he
   }
 }
 
-// One kernel in two shapes. Block per token: block (lanes, heads), grid (rows). Token and head: block (lanes, 128 /
-// lanes), grid (rows, groups of heads).
+// One kernel in two shapes. Block per token: block (lanes, heads, tokens), grid (rows / tokens), with more than one
+// token only where heads are few. Token and head: block (lanes, 128 / lanes), grid (rows, groups of heads).
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kMergeMaxThreads) MergePairKernel(const MergePairParams p) {
   using P = Part<T, kHeadDim>;
-  const long long row = blockIdx.x;
+  const long long row = static_cast<long long>(blockIdx.x) * blockDim.z + threadIdx.z;
   const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);
-  if (head >= p.heads) return;
+  if (head >= p.heads || row >= p.rows) return;
   if (p.mask != nullptr && p.mask[row] == 0) return;
   // All loads go out together: waiting for an lse before loading its v would double the latency of a small merge. An
   // empty side's values are dropped below.
+  const float raw_a = *LseAt(p.a, row, head);
+  const float raw_b = *LseAt(p.b, row, head);
   P a, b;
   a.Load(p.a.v, P::Offset(row, p.a.v_stride, head));
   b.Load(p.b.v, P::Offset(row, p.b.v_stride, head));
-  const float raw_a = *LseAt(p.a, row, head);
-  const float raw_b = *LseAt(p.b, row, head);
   const float lse_a = Finite(raw_a);
   const float lse_b = Finite(raw_b);
   const float top = fmaxf(lse_a, lse_b);
@@ -281,9 +282,11 @@ int LaunchOverHeads(void (*kernel)(Params), CUstream_st* stream, const Params& p
 template <class T, int kHeadDim>
 int MergePairBlockPerTokenCuda(CUstream_st* stream, const MergePairParams& params) {
   void* arguments[] = {const_cast<MergePairParams*>(&params)};
-  const dim3 block(Part<T, kHeadDim>::kLanes, static_cast<unsigned>(params.heads));
+  const int threads = Part<T, kHeadDim>::kLanes * params.heads;
+  const int tokens = threads * 2 <= kPairThreads && kPairThreads % threads == 0 ? kPairThreads / threads : 1;
+  const dim3 block(Part<T, kHeadDim>::kLanes, static_cast<unsigned>(params.heads), static_cast<unsigned>(tokens));
   return cudaLaunchKernel(reinterpret_cast<const void*>(&MergePairKernel<T, kHeadDim>),
-                          dim3(static_cast<unsigned>(params.rows)), block, arguments, 0, stream);
+                          dim3(static_cast<unsigned>((params.rows - 1) / tokens + 1)), block, arguments, 0, stream);
 }
 
 template <class T, int kHeadDim>

@@ -9,9 +9,24 @@ namespace pristine::attention {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 8 * kThreads;  // indices of a block
-constexpr int kMaxTiles = 1024;      // blocks per row; longer rows are strided over
+constexpr int kLargeTile = 8192;        // indices of a block, where there are many
+constexpr long long kManyBlocks = 512;  // of small tiles
+constexpr int kMaxTiles = 1024;         // blocks per row; longer rows are strided over
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr unsigned kNowhere = 0xffffffffu;
+
+// How a thread makes indices: kWidth in a row from one entry of the block table, kBatch times with all loads in flight.
+enum class Pages {
+  kShared,  // block and page_size are multiples of 4: four indices share a page
+  kTokens,  // page_size is 1, block a multiple of 4
+  kAny,
+};
+template <Pages kPages>
+constexpr int kWidth = kPages == Pages::kAny ? 1 : 4;
+template <Pages kPages>
+constexpr int kBatch = kPages == Pages::kShared ? 4 : 8 / kWidth<kPages>;
+template <Pages kPages>
+constexpr int kSmallTile = kThreads* kWidth<kPages>* kBatch<kPages>;
 
 struct SparseToCsrLaunch {
   SparseToCsrParams params;
@@ -31,17 +46,17 @@ __device__ inline int RowLength(const SparseToCsrLaunch& launch, int length) {
   return (p.topk - 1) * p.block + length - before_last_block;
 }
 
-// Grid: (rows, tiles per row), a function of the bucket alone: tiles past the row's length have nothing to do. Where
-// kWidth indices in a row share block and page, one thread makes them from one entry of each table.
-template <int kWidth>
+// Grid: (rows, tiles per row), a function of the bucket alone: tiles past the row's length have nothing to do.
+template <Pages kPages, int kTile>
 __global__ void __launch_bounds__(kThreads) SparseToCsrKernel(const __grid_constant__ SparseToCsrLaunch launch) {
-  constexpr int kPerThread = kTile / kThreads / kWidth;
+  constexpr int kRun = kWidth<kPages>, kRuns = kBatch<kPages>;
   __shared__ int warp_sums[kThreads / 32];
   __shared__ int tile[kTile];
   const SparseToCsrParams& p = launch.params;
   const int row = blockIdx.x;
   const int request = static_cast<int>(launch.groups.Quotient(row));
   const int group = row - request * p.groups;
+  int ahead = static_cast<int>(threadIdx.x) < request ? p.lengths[threadIdx.x] : 0;
   const int found = p.lengths[request];
   const long long first_page = p.page_indptr[request];
   const long long end_page =
@@ -54,51 +69,91 @@ __global__ void __launch_bounds__(kThreads) SparseToCsrKernel(const __grid_const
   const unsigned pages = first_page < 0 || end_page < first_page ? 0 : static_cast<unsigned>(end_page - first_page);
   const int* const page_indices = p.page_indices + (pages == 0 ? 0 : first_page);
   const int* const table = p.table + static_cast<long long>(row) * p.topk;
-  const bool blocks = AttendsBlocks(p, length);
-  // Loads of all a thread's indices go out together, first those of the table, then those of the pages.
-  const auto fill_tile = [&] {
-    unsigned position[kPerThread];  // at or past `length`: does not exist
-    int page[kPerThread];
+  const bool attends_blocks = AttendsBlocks(p, length);
+  const unsigned blocks = length == 0 ? 0 : launch.block.Quotient(length - 1) + 1;
+  const int dummy = p.dummy_page * p.page_size * p.groups + group;
+  // Loads of a batch go out together, first those of the table, then those of the pages. They are made whether needed
+  // or not: a load behind a branch would wait for the one before it.
+  const auto fill_batch = [&](unsigned start, int* to) {
+    unsigned position[kRuns];  // kNowhere: does not exist
+    if (attends_blocks) {
+      int named[kRuns];
 #pragma unroll
-    for (int u = 0; u < kPerThread; ++u) {
-      const unsigned j = at + kWidth * (u * kThreads + threadIdx.x);
-      position[u] = j;
-      if (blocks) {
-        const unsigned place = launch.block.Quotient(j);
-        const int named = j < count ? table[place] : -1;
-        const long long start = static_cast<long long>(named) * p.block;
-        position[u] = named < 0 || start >= length ? 0xffffffffu : static_cast<unsigned>(start) + j - place * p.block;
+      for (int u = 0; u < kRuns; ++u) {
+        const unsigned j = start + kRun * (u * kThreads + threadIdx.x);
+        named[u] = table[launch.block.Quotient(j < count ? j : 0)];
+      }
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) {
+        const unsigned j = start + kRun * (u * kThreads + threadIdx.x);
+        const unsigned block = static_cast<unsigned>(named[u]);
+        position[u] = j < count && block < blocks ? (block - launch.block.Quotient(j)) * p.block + j : kNowhere;
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) position[u] = start + kRun * (u * kThreads + threadIdx.x);
+    }
+    int values[kRuns][kRun];
+    if constexpr (kPages == Pages::kTokens) {
+      const unsigned end = min(static_cast<unsigned>(length), pages);
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) {
+        const unsigned exist = position[u] < end ? end - position[u] : 0;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          values[u][i] = page_indices[static_cast<unsigned>(i) < exist ? position[u] + i : 0];
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) {
+        const unsigned exist = position[u] < end ? end - position[u] : 0;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          const unsigned page = static_cast<unsigned>(values[u][i]);
+          const bool valid = static_cast<unsigned>(i) < exist && page < static_cast<unsigned>(p.num_pages);
+          values[u][i] = valid ? static_cast<int>(page) * p.groups + group : dummy;
+        }
+      }
+    } else {
+      int page[kRuns];
+      unsigned place[kRuns];
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) {
+        place[u] = launch.page_size.Quotient(position[u] < static_cast<unsigned>(length) ? position[u] : 0);
+        page[u] = page_indices[place[u] < pages ? place[u] : 0];
+      }
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) {
+        const bool valid = position[u] < static_cast<unsigned>(length) && place[u] < pages &&
+                           static_cast<unsigned>(page[u]) < static_cast<unsigned>(p.num_pages);
+        const unsigned exist = valid ? length - position[u] : 0;
+        const int in_page = static_cast<int>(position[u] - place[u] * p.page_size);
+        const int index = (page[u] * p.page_size + in_page) * p.groups + group;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) values[u][i] = static_cast<unsigned>(i) < exist ? index + i * p.groups : dummy;
       }
     }
 #pragma unroll
-    for (int u = 0; u < kPerThread; ++u) {
-      const bool exists = position[u] < static_cast<unsigned>(length);
-      const unsigned place = launch.page_size.Quotient(exists ? position[u] : 0);
-      page[u] = exists && place < pages ? page_indices[place] : -1;
-    }
-    const int dummy = p.dummy_page * p.page_size * p.groups + group;
-#pragma unroll
-    for (int u = 0; u < kPerThread; ++u) {
-      const bool valid = page[u] >= 0 && page[u] < p.num_pages;
-      const unsigned in_page = position[u] - launch.page_size.Quotient(valid ? position[u] : 0) * p.page_size;
-      const int index = (page[u] * p.page_size + static_cast<int>(in_page)) * p.groups + group;
-      int values[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        values[i] = valid && position[u] + i < static_cast<unsigned>(length) ? index + i * p.groups : dummy;
-      }
-      int* const to = tile + kWidth * (u * kThreads + threadIdx.x);
-      if constexpr (kWidth == 4) {
-        *reinterpret_cast<int4*>(to) = {values[0], values[1], values[2], values[3]};
+    for (int u = 0; u < kRuns; ++u) {
+      int* const run = to + kRun * (u * kThreads + threadIdx.x);
+      if constexpr (kRun == 4) {
+        *reinterpret_cast<int4*>(run) = {values[u][0], values[u][1], values[u][2], values[u][3]};
       } else {
-        *to = values[0];
+        *run = values[u][0];
       }
     }
+  };
+  const auto fill_tile = [&] {
+#pragma unroll 1
+    for (unsigned i = 0; i < kTile && at + i < count; i += kSmallTile<kPages>) fill_batch(at + i, tile + i);
   };
 
   fill_tile();
   int sum = 0;
-  for (int i = threadIdx.x; i < request; i += kThreads) sum += RowLength(launch, Clamp(p.lengths[i], p.max_length));
+  for (int i = threadIdx.x; i < request; i += kThreads) {
+    sum += RowLength(launch, Clamp(ahead, p.max_length));
+    if (i + kThreads < request) ahead = p.lengths[i + kThreads];
+  }
   sum = __reduce_add_sync(kAllLanes, sum);
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
   __syncthreads();
@@ -115,10 +170,14 @@ __global__ void __launch_bounds__(kThreads) SparseToCsrKernel(const __grid_const
   }
   while (true) {
     int* const to = p.indices + begin + at;  // not aligned to more than an index
+    if (count - at >= kTile) {
 #pragma unroll
-    for (int u = 0; u < kTile / kThreads; ++u) {
-      const unsigned i = u * kThreads + threadIdx.x;
-      if (at + i < count) to[i] = tile[i];
+      for (int i = 0; i < kTile; i += kThreads) to[i + threadIdx.x] = tile[i + threadIdx.x];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTile; i += kThreads) {
+        if (i + threadIdx.x < count - at) to[i + threadIdx.x] = tile[i + threadIdx.x];
+      }
     }
     at += gridDim.y * kTile;
     if (at >= count) return;
@@ -128,20 +187,30 @@ __global__ void __launch_bounds__(kThreads) SparseToCsrKernel(const __grid_const
   }
 }
 
-}  // namespace
-
-int SparseToCsrCuda(CUstream_st* stream, const SparseToCsrParams& params) {
+template <Pages kPages>
+int LaunchCsr(CUstream_st* stream, const SparseToCsrParams& params) {
   SparseToCsrLaunch launch = {.params = params,
                               .groups = MakeDivider(params.groups),
                               .block = MakeDivider(params.block),
                               .page_size = MakeDivider(params.page_size)};
   void* arguments[] = {&launch};
-  const int tiles = (params.row_bound - 1) / kTile + 1;
-  const dim3 grid(static_cast<unsigned>(params.rows), static_cast<unsigned>(tiles < kMaxTiles ? tiles : kMaxTiles));
-  const bool wide = params.block % 4 == 0 && params.page_size % 4 == 0;
-  const void* const kernel = wide ? reinterpret_cast<const void*>(&SparseToCsrKernel<4>)
-                                  : reinterpret_cast<const void*>(&SparseToCsrKernel<1>);
+  const auto tiles = [&](int tile) { return (params.row_bound - 1) / tile + 1; };
+  // Few rows are spread over many blocks; of many, each block does more for what it must find out first.
+  const int small_tiles = tiles(kSmallTile<kPages>);
+  const bool large = small_tiles > 1 && static_cast<long long>(params.rows) * small_tiles > kManyBlocks;
+  const void* const kernel = large ? reinterpret_cast<const void*>(&SparseToCsrKernel<kPages, kLargeTile>)
+                                   : reinterpret_cast<const void*>(&SparseToCsrKernel<kPages, kSmallTile<kPages>>);
+  const int per_row = large ? tiles(kLargeTile) : small_tiles;
+  const dim3 grid(static_cast<unsigned>(params.rows), static_cast<unsigned>(per_row < kMaxTiles ? per_row : kMaxTiles));
   return cudaLaunchKernel(kernel, grid, dim3(kThreads), arguments, 0, stream);
+}
+
+}  // namespace
+
+int SparseToCsrCuda(CUstream_st* stream, const SparseToCsrParams& params) {
+  if (params.block % 4 == 0 && params.page_size % 4 == 0) return LaunchCsr<Pages::kShared>(stream, params);
+  if (params.block % 4 == 0 && params.page_size == 1) return LaunchCsr<Pages::kTokens>(stream, params);
+  return LaunchCsr<Pages::kAny>(stream, params);
 }
 
 }  // namespace pristine::attention

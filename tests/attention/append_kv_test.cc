@@ -398,7 +398,7 @@ TYPED_TEST(AppendKvTest, LayoutsDtypesAndScalesThatCannotRunAreRefusedByName) {
         t.kv_heads = 1 << 20;
         t.head_dim = 1 << 20;
       },
-      kInvalid, "a row must have less than 2^31 bytes");
+      kInvalid, "a row must have fewer than 2^31 bytes");
 }
 
 }  // namespace

@@ -30,6 +30,7 @@
 #include "pristine/graph_runtime/graph.h"
 #include "pristine/graph_runtime/launch.h"
 #include "pristine/graph_runtime/status.h"
+#include "tests/benchmarks/graph_timer.h"
 
 namespace pristine::benchmarks {
 namespace {
@@ -43,7 +44,6 @@ using attention::MergeVariant;
 
 constexpr int64_t kRotation = int64_t{256} << 20;  // bytes between two uses of a set
 constexpr int64_t kMinLaunches = 20, kMaxLaunches = 1024;
-constexpr int64_t kCopyBytes = int64_t{1} << 30;
 constexpr int kCheckedRows = 24;
 
 struct Options {
@@ -111,44 +111,6 @@ std::vector<Cell> Cells(bool forms) {
   cells.push_back({Op::kRagged, DType::kFloat32, 32, 128, 4096, 4});
   return cells;
 }
-
-absl::Status Cuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat(what, ": ", cudaGetErrorString(error)));
-}
-
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
-// Times graph launches that are queued back to back. Events live as long as the program.
-class GraphTimer {
- public:
-  // Microseconds of each launch of `execs`, in turn, `samples` times in all; the first round is not counted.
-  static absl::StatusOr<std::vector<double>> Time(Stream& stream, const std::vector<std::unique_ptr<GraphExec>>& execs,
-                                                  int samples) {
-    const cudaStream_t native = static_cast<cudaStream_t>(stream.native());
-    const size_t rounds = (static_cast<size_t>(samples) + execs.size() - 1) / execs.size();
-    std::vector<cudaEvent_t> events((rounds + 1) * execs.size() + 1);
-    for (cudaEvent_t& event : events) PRISTINE_RETURN_IF_ERROR(Cuda(cudaEventCreate(&event), "cudaEventCreate"));
-    PRISTINE_RETURN_IF_ERROR(Cuda(cudaEventRecord(events[0], native), "cudaEventRecord"));
-    for (size_t i = 0; i + 1 < events.size(); ++i) {
-      PRISTINE_RETURN_IF_ERROR(execs[i % execs.size()]->Launch(stream));
-      PRISTINE_RETURN_IF_ERROR(Cuda(cudaEventRecord(events[i + 1], native), "cudaEventRecord"));
-    }
-    PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
-    std::vector<double> times;
-    for (size_t i = execs.size(); i + 1 < events.size(); ++i) {
-      float milliseconds = 0;
-      PRISTINE_RETURN_IF_ERROR(
-          Cuda(cudaEventElapsedTime(&milliseconds, events[i], events[i + 1]), "cudaEventElapsedTime"));
-      times.push_back(1000.0 * milliseconds);
-    }
-    for (cudaEvent_t event : events) PRISTINE_RETURN_IF_ERROR(Cuda(cudaEventDestroy(event), "cudaEventDestroy"));
-    return times;
-  }
-};
 
 // Fills `to` with copies of a random block; its odd size lets no two sets or sides be alike.
 absl::Status FillRandomly(Stream& stream, DeviceSpan<std::byte> to, bool lse, DType dtype) {
@@ -342,20 +304,6 @@ class Workload {
   int64_t launches_ = 0;                           // of one graph
   std::vector<std::unique_ptr<GraphExec>> execs_;  // all sets, in turn
 };
-
-// GB/s of device to device copies, read and written bytes together.
-absl::StatusOr<double> CopyBandwidth(Device& device, Stream& stream) {
-  PRISTINE_ASSIGN_OR_RETURN(const DeviceBuffer from, device.Allocate(kCopyBytes, "from"));
-  PRISTINE_ASSIGN_OR_RETURN(const DeviceBuffer to, device.Allocate(kCopyBytes, "to"));
-  PRISTINE_RETURN_IF_ERROR(stream.Fill(from.As<std::byte>(), std::byte{1}));
-  PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Graph> graph, Capture(stream, [&](Stream& capturing) {
-                              return capturing.Copy(to.As<std::byte>(), from.As<const std::byte>());
-                            }));
-  std::vector<std::unique_ptr<GraphExec>> execs(1);
-  PRISTINE_ASSIGN_OR_RETURN(execs[0], graph->Instantiate());
-  PRISTINE_ASSIGN_OR_RETURN(const std::vector<double> times, GraphTimer::Time(stream, execs, 20));
-  return 2.0 * kCopyBytes / Median(times) / 1e3;
-}
 
 // Cell::Key -> us. Lines: kernel,dtype,heads,head_dim,tokens,states,us,…; # and the line of names are skipped.
 absl::StatusOr<std::map<std::string, double>> ReadPeer(const std::string& path) {
