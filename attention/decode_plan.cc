@@ -1,6 +1,7 @@
 #include "pristine/attention/decode_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -18,6 +19,7 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int32_t kMinChunk = 128;  // tokens; a smaller item costs more to merge than it saves
 constexpr int32_t kChunkUnit = 16;
+constexpr int32_t kMaxRows = 8192;  // their prefix sums are in the decode kernel's shared memory
 
 int64_t Rows(const DecodePlanConfig& config, const Extent& bucket) {
   return int64_t{config.rows_per_request} * bucket.requests;
@@ -34,7 +36,8 @@ struct Planned {
 };
 Planned PlannedRange(const DecodePlanConfig& config, int32_t length) {
   const int32_t end = std::min(length, config.max_row_tokens);
-  return {config.window > 0 ? std::max(0, end - config.window) : 0, end};
+  const int64_t begin = config.window > 0 ? int64_t{end} - config.q_len + 1 - config.window : 0;
+  return {static_cast<int32_t>(std::max<int64_t>(0, begin)), end};
 }
 
 // ceil(n / divisor) for n < 2^31 and divisor > 1, without a division: the planner asks some thousand times per step.
@@ -75,6 +78,11 @@ absl::Status CheckLengths(const DecodePlanConfig& config, absl::Span<const int32
   return absl::OkStatus();
 }
 
+absl::Status TooManyRows(const DecodePlanConfig& config, const Extent& bucket, size_t given) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(config.name, ": ", given, " rows, bucket ", bucket.ToString(), " has ", Rows(config, bucket)));
+}
+
 // The smallest chunk, in tokens, with which the rows need no more than `places` items. `places` is at least the number
 // of rows, so a chunk as long as the longest row always does.
 int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> lengths, int64_t places) {
@@ -108,6 +116,7 @@ int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> 
 
 absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
   const std::pair<const char*, int32_t> positive[] = {{"rows_per_request", config.rows_per_request},
+                                                      {"q_len", config.q_len},
                                                       {"q_heads", config.q_heads},
                                                       {"kv_heads", config.kv_heads},
                                                       {"page_size", config.page_size},
@@ -130,6 +139,14 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
     return absl::InvalidArgumentError(absl::StrCat(config.name, ": q_heads is ", config.q_heads,
                                                    ", must be a multiple of kv_heads ", config.kv_heads));
   }
+  if (!(config.soft_cap >= 0) || !std::isfinite(config.soft_cap)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(config.name, ": soft_cap is ", config.soft_cap, ", must be finite and at least 0 (0: none)"));
+  }
+  if (config.q_len > kDecodeMaxQueries) {
+    return absl::UnimplementedError(
+        absl::StrCat(config.name, ": q_len is ", config.q_len, ", kernels take at most ", kDecodeMaxQueries));
+  }
   if (config.q_heads / config.kv_heads > kDecodeMaxGroup) {
     return absl::UnimplementedError(absl::StrCat(config.name, ": ", config.q_heads / config.kv_heads,
                                                  " query heads per KV head, kernels take at most ", kDecodeMaxGroup));
@@ -138,10 +155,12 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
     return absl::InvalidArgumentError(
         absl::StrCat(config.name, ": q_heads is ", config.q_heads, ", must be at most 65535"));
   }
-  if (FindDecodeVariant(config.dtype, config.head_dim) == nullptr) {
-    return absl::UnimplementedError(absl::StrCat(config.name, ": no kernel for ", ToString(config.dtype),
-                                                 " with head_dim ", config.head_dim, "; there are ",
-                                                 DecodeVariantNames()));
+  const DType kv_dtype = config.kv_dtype.value_or(config.dtype);
+  if (FindDecodeVariant(config.dtype, kv_dtype, config.head_dim) == nullptr) {
+    return absl::UnimplementedError(
+        absl::StrCat(config.name, ": no kernel for ", ToString(config.dtype),
+                     kv_dtype == config.dtype ? "" : absl::StrCat(" over ", ToString(kv_dtype)), " with head_dim ",
+                     config.head_dim, "; there are ", DecodeVariantNames()));
   }
   if (config.buckets.empty()) return absl::InvalidArgumentError(absl::StrCat(config.name, ": no buckets"));
   for (size_t i = 0; i < config.buckets.size(); ++i) {
@@ -153,7 +172,13 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
     if (std::find(config.buckets.begin(), config.buckets.begin() + i, bucket) != config.buckets.begin() + i) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " is given twice"));
     }
-    const int64_t values = MaxItems64(config, bucket, multiprocessors) * config.q_heads * config.head_dim;
+    if (Rows(config, bucket) > kMaxRows) {
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ",
+                                                     Rows(config, bucket), " rows, must be at most ", kMaxRows));
+    }
+    if (config.scheduler == DecodeScheduler::kDevice) continue;
+    const int64_t values =
+        MaxItems64(config, bucket, multiprocessors) * config.q_len * config.q_heads * config.head_dim;
     if (values > kMaxInt32) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " needs ", values,
                                                      " values of partial results, must be at most ", kMaxInt32));
@@ -173,10 +198,7 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
                                   absl::Span<int32_t> item_indptr) {
   const int64_t rows = Rows(config, bucket);
   const int64_t places = MaxItems(config, bucket, multiprocessors);
-  if (static_cast<int64_t>(lengths.size()) > rows) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(config.name, ": ", lengths.size(), " rows, bucket ", bucket.ToString(), " has ", rows));
-  }
+  if (static_cast<int64_t>(lengths.size()) > rows) return TooManyRows(config, bucket, lengths.size());
   if (static_cast<int64_t>(items.size()) < places || static_cast<int64_t>(item_indptr.size()) < rows + 1) {
     return absl::InvalidArgumentError(absl::StrCat(config.name, ": room for ", items.size(), " items and ",
                                                    item_indptr.size(), " indptr values, needs ", places, " and ",
@@ -202,42 +224,66 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
 absl::StatusOr<std::unique_ptr<DecodePlan>> DecodePlan::Create(BufferManager& manager, const DecodePlanConfig& given) {
   DecodePlanConfig config = given;
   if (config.worst_row_tokens == 0) config.worst_row_tokens = config.max_row_tokens;
-  const int multiprocessors = manager.device().multiprocessors();
-  PRISTINE_RETURN_IF_ERROR(Validate(config, multiprocessors));
+  if (!config.kv_dtype.has_value()) config.kv_dtype = config.dtype;
+  PRISTINE_RETURN_IF_ERROR(Validate(config, manager.device().multiprocessors()));
   std::unique_ptr<DecodePlan> plan(new DecodePlan(manager, config));
-
   RegistrationScope registration(manager);
-  int32_t most_items = 0;
-  size_t most_words = 0;
-  for (const Extent& bucket : config.buckets) {
-    const int32_t max_items = MaxItems(config, bucket, multiprocessors);
-    most_items = std::max(most_items, max_items);
-    most_words = std::max<size_t>(most_words, PlanWords(static_cast<int32_t>(Rows(config, bucket)), max_items));
+  if (config.scheduler == DecodeScheduler::kHost) {
+    PRISTINE_RETURN_IF_ERROR(plan->RegisterHostPlans());
+  } else {
+    PRISTINE_RETURN_IF_ERROR(plan->RegisterDeviceScratch());
   }
-  plan->staging_.resize(most_words);
-  for (const Extent& bucket : config.buckets) {
-    Workspace workspace = {.bucket = bucket, .max_items = MaxItems(config, bucket, multiprocessors), .values = {}};
-    const std::vector<int32_t> worst(Rows(config, bucket), config.worst_row_tokens);
-    PRISTINE_ASSIGN_OR_RETURN(const absl::Span<const int32_t> original, plan->Fill(workspace, worst));
-    PRISTINE_ASSIGN_OR_RETURN(
-        workspace.values,
-        manager.Register<int32_t>({.name = absl::StrCat(config.name, ".items_", bucket.requests, "_", bucket.tokens),
-                                   .role = Role::kRefilled,
-                                   .only_bucket = bucket,
-                                   .derived_from = config.derived_from},
-                                  original));
-    plan->workspaces_.push_back(workspace);
-  }
-
-  const std::vector<float> zeros(size_t{static_cast<uint32_t>(most_items)} * config.q_heads * config.head_dim);
-  PRISTINE_ASSIGN_OR_RETURN(plan->partial_out_,
-                            manager.Register<float>({.name = config.name + ".partial_out", .role = Role::kScratch},
-                                                    absl::MakeConstSpan(zeros)));
-  PRISTINE_ASSIGN_OR_RETURN(plan->partial_lse_,
-                            manager.Register<float>({.name = config.name + ".partial_lse", .role = Role::kScratch},
-                                                    absl::MakeConstSpan(zeros).first(zeros.size() / config.head_dim)));
   registration.Keep();
   return plan;
+}
+
+absl::Status DecodePlan::RegisterHostPlans() {
+  const int multiprocessors = manager_.device().multiprocessors();
+  int32_t most_items = 0;
+  size_t most_words = 0;
+  for (const Extent& bucket : config_.buckets) {
+    const int32_t max_items = MaxItems(config_, bucket, multiprocessors);
+    most_items = std::max(most_items, max_items);
+    most_words = std::max<size_t>(most_words, PlanWords(static_cast<int32_t>(Rows(config_, bucket)), max_items));
+  }
+  staging_.resize(most_words);
+  for (const Extent& bucket : config_.buckets) {
+    Workspace workspace = {.bucket = bucket, .max_items = MaxItems(config_, bucket, multiprocessors), .values = {}};
+    const std::vector<int32_t> worst(Rows(config_, bucket), config_.worst_row_tokens);
+    PRISTINE_ASSIGN_OR_RETURN(const absl::Span<const int32_t> original, Fill(workspace, worst));
+    PRISTINE_ASSIGN_OR_RETURN(
+        workspace.values,
+        manager_.Register<int32_t>({.name = absl::StrCat(config_.name, ".items_", bucket.requests, "_", bucket.tokens),
+                                    .role = Role::kRefilled,
+                                    .only_bucket = bucket,
+                                    .derived_from = config_.derived_from},
+                                   original));
+    workspaces_.push_back(workspace);
+  }
+  return RegisterPartials(int64_t{most_items} * config_.q_len * config_.q_heads);
+}
+
+absl::Status DecodePlan::RegisterDeviceScratch() {
+  for (const Extent& bucket : config_.buckets) workspaces_.push_back({.bucket = bucket, .max_items = 0, .values = {}});
+  const DecodeVariant* const variant = FindDecodeVariant(config_.dtype, *config_.kv_dtype, config_.head_dim);
+  blocks_ = variant->blocks_per_multiprocessor * manager_.device().multiprocessors();
+  if (blocks_ == 0) return absl::OkStatus();
+  const std::vector<uint32_t> zeros(static_cast<size_t>(blocks_));
+  PRISTINE_ASSIGN_OR_RETURN(counters_,
+                            manager_.Register<uint32_t>({.name = config_.name + ".counters", .role = Role::kRestored},
+                                                        absl::MakeConstSpan(zeros)));
+  return RegisterPartials(int64_t{2} * blocks_ * kDecodeTileRows);
+}
+
+absl::Status DecodePlan::RegisterPartials(int64_t count) {
+  const std::vector<float> zeros(static_cast<size_t>(count) * config_.head_dim);
+  PRISTINE_ASSIGN_OR_RETURN(partial_out_,
+                            manager_.Register<float>({.name = config_.name + ".partial_out", .role = Role::kScratch},
+                                                     absl::MakeConstSpan(zeros)));
+  PRISTINE_ASSIGN_OR_RETURN(partial_lse_,
+                            manager_.Register<float>({.name = config_.name + ".partial_lse", .role = Role::kScratch},
+                                                     absl::MakeConstSpan(zeros).first(static_cast<size_t>(count))));
+  return absl::OkStatus();
 }
 
 absl::StatusOr<absl::Span<const int32_t>> DecodePlan::Fill(const Workspace& workspace,
@@ -266,6 +312,11 @@ absl::Status DecodePlan::Plan(const Extent& bucket, absl::Span<const int32_t> le
     return absl::InvalidArgumentError(absl::StrCat(config_.name, ": ", lengths.size(),
                                                    " rows, must be a multiple of rows_per_request ",
                                                    config_.rows_per_request));
+  }
+  if (config_.scheduler == DecodeScheduler::kDevice) {
+    if (static_cast<int64_t>(lengths.size()) > Rows(config_, bucket))
+      return TooManyRows(config_, bucket, lengths.size());
+    return CheckLengths(config_, lengths);
   }
   PRISTINE_ASSIGN_OR_RETURN(const absl::Span<const int32_t> values, Fill(*workspace, lengths));
   return manager_.Refill(workspace->values, values);

@@ -14,18 +14,21 @@
 namespace pristine::attention {
 
 struct DecodeVariant {
-  DType dtype;
+  DType dtype, kv_dtype;
   int32_t head_dim;
-  Kernel<PagedDecodeParams> decode;
+  Kernel<PagedDecodeParams> decode;  // of one query token per row
+  Kernel<PagedDecodeParams> verify;  // of several: the same code under its own name, for graphs and reports
   Kernel<MergeStatesParams> merge;
-  int32_t shared_bytes;  // dynamic shared memory of a decode block
-  int (*prepare)();      // allows shared_bytes on the current device; a cudaError_t. Null without CUDA
+  // The blocks per multiprocessor that rows are cut up over without a plan; 0: the kernel gives each row a block, and
+  // takes no scratch.
+  int32_t blocks_per_multiprocessor;
+  int (*prepare)();  // allows the kernels their shared memory on the current device; a cudaError_t. Null without CUDA
 };
 
 absl::Span<const DecodeVariant> DecodeVariants();
 // Null where there is none.
-const DecodeVariant* FindDecodeVariant(DType dtype, int32_t head_dim);
-// "float32 64, float32 128, …", for messages.
+const DecodeVariant* FindDecodeVariant(DType dtype, DType kv_dtype, int32_t head_dim);
+// "float32 with head_dim 64, bfloat16 over float8_e4m3 with head_dim 64, …", for messages.
 std::string DecodeVariantNames();
 
 }  // namespace pristine::attention

@@ -1,56 +1,80 @@
-// The decode kernel: one partial result per work item and head. No Abseil, no CUDA headers.
+// Decode and target verify over a paged KV cache. No Abseil, no CUDA headers.
 #ifndef PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_H_
 #define PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_H_
 
 #include <cstdint>
 
 #include "attention/kernels/bfloat16.h"
+#include "attention/kernels/float16.h"
+#include "attention/kernels/float8.h"
 #include "attention/kernels/host_device.h"
+#include "attention/kernels/paged_kv.h"
+#include "pristine/attention/types.h"
 
 struct CUstream_st;
 
 namespace pristine::attention {
 
+// With a plan, one partial result per work item, query token and head, which MergeStates makes results of; without, the
+// kernel cuts the rows up by their lengths on the device and writes the results themselves.
 struct PagedDecodeParams {
-  const void* q;              // [rows, q_heads, head_dim]
-  const void* k;              // [num_pages, page_size, kv_heads, head_dim]
-  const void* v;              // the same shape
-  float* partial_out;         // [max_items, q_heads, head_dim]; not written where the item's lse is -inf
-  float* partial_lse;         // [max_items, q_heads], base 2; -inf: the item attends nothing
-  const int32_t* plan;        // plan_layout.h
-  const int32_t* kv_indptr;   // [rows + 1] pages
-  const int32_t* kv_indices;  // [kv_indices_size] page numbers
-  const int32_t* lengths;     // [rows] tokens; null: all tokens of the row's pages
-  int64_t kv_indices_size;
-  int64_t num_pages;
-  int32_t rows;
-  int32_t max_items;
-  int32_t q_heads, kv_heads, head_dim;
-  int32_t page_size;
-  int32_t window;    // 0: all
-  float scale_log2;  // scale * log2(e): scores are in base 2
+  const void* q;  // [rows, q_len, q_heads, head_dim]
+  PagedKvView kv;
+  const int32_t* plan;  // plan_layout.h; null: scheduled on the device
+  const float* sinks;   // [q_heads] logits, natural log; null: none. Without a plan only, as out and lse
+  void* out;            // [rows, q_len, q_heads, head_dim]; zeros where nothing is attended
+  LseBase2* lse;        // [rows, q_len, q_heads]; null: not wanted
+  float* partial_out;   // [max_items, q_len, q_heads, head_dim], not written where the lse is -inf; without a plan,
+                        // [2 * blocks, DecodeTileRows, head_dim]
+  float* partial_lse;   // [max_items, q_len, q_heads], base 2, -inf: the item attends nothing; or [2 * blocks,
+                        // DecodeTileRows]
+  uint32_t* counters;   // [blocks] zeros, and zeros again when the kernel ends; without a plan
+  int32_t rows, q_len;  // query i of a row stands at position length - q_len + i
+  int32_t q_heads, head_dim;
+  int32_t max_items;  // of the plan
+  int32_t blocks;     // of the grid without a plan
+  int32_t window;     // positions seen, the query's own included; 0: all
+  float scale_log2;   // scale * log2(e): scores are in base 2
+  float soft_cap;     // of logits; 0: none
 };
 
-// The CUDA kernel's tile: tokens staged in shared memory at a time, and query heads of a KV head at most.
-constexpr int32_t kDecodeTile = 64;
-constexpr int32_t kDecodeMaxGroup = 32;
-constexpr int32_t kDecodeThreads = 128;
-// 32 bytes more than a row of K or V, so that the eight lanes of a 16-byte access phase meet eight different banks.
-PRISTINE_HOST_DEVICE constexpr int32_t DecodeRowStride(int32_t element_bytes, int32_t head_dim) {
-  return element_bytes * head_dim + 32;
-}
-// Dynamic shared memory of a block: K and V tile, queries as float, one pool offset per token of the tile.
-PRISTINE_HOST_DEVICE constexpr int32_t DecodeSharedBytes(int32_t element_bytes, int32_t head_dim) {
-  return 2 * kDecodeTile * DecodeRowStride(element_bytes, head_dim) + kDecodeMaxGroup * head_dim * 4 + kDecodeTile * 8;
+constexpr int32_t kDecodeMaxGroup = 32;  // query heads of a KV head
+constexpr int32_t kDecodeMaxQueries = 16;
+
+// How a score is made of q . k: linear, or bent by the cap. `k_scale` dequantises.
+struct ScoreScale {
+  float inner;  // score = inner * dot, or outer * tanh(inner * dot)
+  float outer;  // 0: no cap
+};
+PRISTINE_HOST_DEVICE inline ScoreScale ScoreScaleOf(const PagedDecodeParams& p) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+  const float linear = p.scale_log2 * (p.kv.k_scale == nullptr ? 1.0f : *p.kv.k_scale);
+  if (p.soft_cap == 0.0f) return {linear, 0.0f};
+  return {linear / (p.soft_cap * kLog2E), p.soft_cap * kLog2E};
 }
 
-// Instantiated for T in {float, BFloat16} and kHeadDim in {64, 128}.
-template <class T, int kHeadDim>
+// The positions of a row that its query `query` attends: [begin, end).
+struct Visible {
+  int64_t begin, end;
+};
+PRISTINE_HOST_DEVICE inline Visible VisibleTo(int64_t length, int32_t q_len, int32_t window, int32_t query) {
+  const int64_t end = length - q_len + query + 1;
+  if (end <= 0) return {0, 0};
+  return {window > 0 && end > window ? end - window : 0, end};
+}
+
+// The grid that a device schedules on, and the scratch of one of its blocks: the rows of two partial results, of at
+// most so many query heads times query tokens.
+constexpr int32_t kDecodeTileRows = 32;
+constexpr int32_t DecodeBlocksPerMultiprocessor(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
+
+// T: of q and out. Kv: of k and v. attention/variants.cc lists what there is.
+template <class T, class Kv, int kHeadDim>
 int PagedDecodeHost(const PagedDecodeParams& params);
-template <class T, int kHeadDim>
+template <class T, class Kv, int kHeadDim>
 int PagedDecodeCuda(CUstream_st* stream, const PagedDecodeParams& params);
 // Sets the kernels' shared memory limit on the current device. Returns a cudaError_t.
-template <class T, int kHeadDim>
+template <class T, class Kv, int kHeadDim>
 int PagedDecodePrepare();
 
 }  // namespace pristine::attention

@@ -36,6 +36,7 @@ attention::DecodePlanConfig SparsePlan(const ModelConfig& config) {
   plan.dtype = config.dtype;
   plan.page_size = 1;
   plan.max_row_tokens = attention::SparseRowBound(config.sparse);
+  plan.scheduler = attention::DecodeScheduler::kHost;
   return plan;
 }
 
@@ -51,6 +52,7 @@ attention::DecodePlanConfig WindowPlan(const ModelConfig& config) {
   plan.window = config.window;
   plan.max_row_tokens = MaxLength(config);
   plan.worst_row_tokens = attention::SparseRowBound(config.sparse);
+  plan.scheduler = attention::DecodeScheduler::kHost;
   return plan;
 }
 

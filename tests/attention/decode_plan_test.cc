@@ -27,6 +27,7 @@ DecodePlanConfig Config() {
   config.kv_heads = 2;
   config.head_dim = 64;
   config.max_row_tokens = 1 << 20;
+  config.scheduler = attention::DecodeScheduler::kHost;
   return config;
 }
 
@@ -234,7 +235,14 @@ TYPED_TEST(DecodePlanTest, WrongConfigurationsAreRefusedByName) {
   refused([](auto& c) { c.max_row_tokens = 0; }, kInvalid, "max_row_tokens is 0");
   refused([](auto& c) { c.worst_row_tokens = 1 << 21; }, kInvalid, "worst_row_tokens is 2097152");
   refused([](auto& c) { c.rows_per_request = 0; }, kInvalid, "rows_per_request is 0");
-  refused([](auto& c) { c.buckets = {{1 << 24, 1 << 24}}; }, kInvalid, "values of partial results");
+  refused([](auto& c) { c.buckets = {{1 << 24, 1 << 24}}; }, kInvalid, "16777216 rows, must be at most 8192");
+  refused([](auto& c) { c.q_heads = 4096, c.kv_heads = 128, c.buckets = {{8192, 8192}}; }, kInvalid,
+          "values of partial results");
+  refused([](auto& c) { c.soft_cap = -1; }, kInvalid, "soft_cap is -1");
+  refused([](auto& c) { c.q_len = 0; }, kInvalid, "q_len is 0");
+  refused([](auto& c) { c.q_len = 17; }, absl::StatusCode::kUnimplemented, "q_len is 17, kernels take at most 16");
+  refused([](auto& c) { c.kv_dtype = DType::kFloat8E4M3; }, absl::StatusCode::kUnimplemented,
+          "float32 over float8_e4m3 with head_dim 64");
   refused([](auto& c) { c.head_dim = 96; }, absl::StatusCode::kUnimplemented, "bfloat16 with head_dim 128");
   refused([](auto& c) { c.q_heads = 66; }, absl::StatusCode::kUnimplemented, "33 query heads per KV head");
   refused([](auto& c) { c.derived_from = {77}; }, absl::StatusCode::kNotFound, "77");

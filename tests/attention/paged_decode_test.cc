@@ -17,6 +17,7 @@
 namespace pristine::testing {
 namespace {
 
+using attention::DecodeScheduler;
 using attention::DecodeVariant;
 using attention::DType;
 
@@ -36,9 +37,10 @@ class PagedDecodeTest : public DeviceTest<BackendT> {
     return rig_->Load(step);
   }
   // One eager run of the whole case; "" if it is right.
-  std::string Run(const DecodeCase& step, int32_t bucket) {
+  std::string Run(const DecodeCase& step, int32_t bucket, RigOptions options = {}) {
+    options.buckets = {bucket};
     const absl::Status status = [&]() -> absl::Status {
-      PRISTINE_RETURN_IF_ERROR(Prepare(step, {.buckets = {bucket}}));
+      PRISTINE_RETURN_IF_ERROR(Prepare(step, options));
       PRISTINE_RETURN_IF_ERROR(rig_->Begin(bucket, step, step.rows()));
       return rig_->RunEagerly(bucket, step.rows());
     }();
@@ -57,18 +59,22 @@ TYPED_TEST(PagedDecodeTest, EveryVariantPageSizeAndWindowMatchesTheOracle) {
   for (const DecodeVariant& variant : attention::DecodeVariants()) {
     for (const int32_t page_size : {1, 3, 16, 64}) {
       for (const int32_t window : {0, 1, 100}) {
+        if (++seed % 5 != 0 && this->device_->backend() == Backend::kHost) continue;  // the oracle itself is slow there
         const DecodeShape shape = {.dtype = variant.dtype,
                                    .q_heads = 4,
                                    .kv_heads = 2,
                                    .head_dim = variant.head_dim,
                                    .page_size = page_size,
                                    .window = window,
-                                   .seed = ++seed};
+                                   .seed = seed,
+                                   .kv_dtype = variant.kv_dtype};
+        const RigOptions options = {.scheduler = seed % 3 == 0 ? DecodeScheduler::kHost : DecodeScheduler::kDevice};
         const std::vector<int32_t> lengths = {1, page_size, 333, 0};
-        EXPECT_EQ(this->Run(DecodeCase(shape, lengths, kNoNeedles), 5), "") << shape.ToString();
+        EXPECT_EQ(this->Run(DecodeCase(shape, lengths, kNoNeedles), 5, options), "") << shape.ToString();
         // The same with needles: on the last key, the first key of the last page, the first key seen.
         const int32_t visible = window > 0 ? 333 - window : 332 / page_size * page_size;
-        EXPECT_EQ(this->Run(DecodeCase(shape, lengths, {0, page_size - 1, visible, -1}), 4), "") << shape.ToString();
+        EXPECT_EQ(this->Run(DecodeCase(shape, lengths, {0, page_size - 1, visible, -1}), 4, options), "")
+            << shape.ToString();
       }
     }
   }
@@ -95,7 +101,7 @@ TYPED_TEST(PagedDecodeTest, NeedlesAtEveryEdgeAreFoundOrNotSeenAsTheyShould) {
     for (const int32_t page_size : {1, 16, 24}) {
       for (const int32_t window : {0, 200}) {
         const DecodeShape shape = {.dtype = dtype, .page_size = page_size, .window = window, .seed = 300};
-        const int32_t length = 523;
+        const int32_t length = 323;
         // With one row in a bucket of one, this device cuts it into items of the smallest size.
         const attention::DecodePlanConfig probe = {.buckets = {},
                                                    .q_heads = 4,
@@ -114,7 +120,9 @@ TYPED_TEST(PagedDecodeTest, NeedlesAtEveryEdgeAreFoundOrNotSeenAsTheyShould) {
           const DecodeCase step(shape, {length}, {needle});
           const bool visible = needle < length && (window == 0 || needle >= length - window);
           EXPECT_EQ(step.Expected(0, 0).top_mass >= 0.5, visible) << needle;
-          EXPECT_EQ(this->Run(step, 1), "") << shape.ToString() << ", needle " << needle;
+          for (const DecodeScheduler scheduler : {DecodeScheduler::kHost, DecodeScheduler::kDevice}) {
+            EXPECT_EQ(this->Run(step, 1, {.scheduler = scheduler}), "") << shape.ToString() << ", needle " << needle;
+          }
         }
       }
     }
@@ -188,7 +196,7 @@ TYPED_TEST(PagedDecodeTest, AReplayOfPaddingAloneGivesZerosAndMinusInfinity) {
 
 TYPED_TEST(PagedDecodeTest, APlanOlderThanTheLengthsIsRefused) {
   const DecodeCase step({.seed = 402}, {40, 50}, {-1, -1});
-  ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
+  ASSERT_OK(this->Prepare(step, {.buckets = {4}, .scheduler = DecodeScheduler::kHost}));
   ASSERT_OK(this->rig_->Capture());
   ASSERT_OK(this->rig_->Begin(4, step, 2));
   ASSERT_OK(this->rig_->manager().Refill(this->rig_->metadata().lengths(), absl::MakeConstSpan(step.lengths())));
@@ -280,7 +288,7 @@ TYPED_TEST(PagedDecodeTest, HostileWorkItemsAndIndptrsAreHarmless) {
   using attention::PlanItemsAt;
   constexpr int32_t kRows = 3, kItems = 8, kPages = 4, kHeads = 2, kBig = std::numeric_limits<int32_t>::max(),
                     kSmall = std::numeric_limits<int32_t>::min();
-  const DecodeVariant& variant = *attention::FindDecodeVariant(DType::kFloat32, 64);
+  const DecodeVariant& variant = *attention::FindDecodeVariant(DType::kFloat32, DType::kFloat32, 64);
   if (this->device_->backend() == Backend::kCuda) {
     ASSERT_EQ(variant.prepare(), 0);
   }
@@ -313,31 +321,46 @@ TYPED_TEST(PagedDecodeTest, HostileWorkItemsAndIndptrsAreHarmless) {
                      lse_d = put(std::vector<float>(kRows * kHeads));
   ASSERT_OK(Launch(*this->stream_, variant.decode,
                    {.q = q_d.As<float>().address(),
-                    .k = k_d.As<float>().address(),
-                    .v = v_d.As<float>().address(),
+                    .kv = {.k = k_d.As<float>().address(),
+                           .v = v_d.As<float>().address(),
+                           .k_scale = nullptr,
+                           .v_scale = nullptr,
+                           .page_stride = 64,
+                           .token_stride = 64,
+                           .head_stride = 64,
+                           .kv_indptr = indptr_d.As<int32_t>().address(),
+                           .pages = indices_d.As<int32_t>().address(),
+                           .pages_size = static_cast<int64_t>(indices.size()),
+                           .table_stride = 0,
+                           .lengths = lengths_d.As<int32_t>().address(),
+                           .num_pages = kPages,
+                           .page_size = 1,
+                           .kv_heads = 1},
+                    .plan = plan_d.As<int32_t>().address(),
+                    .sinks = nullptr,
+                    .out = nullptr,
+                    .lse = nullptr,
                     .partial_out = partial_d.As<float>().address(),
                     .partial_lse = partial_lse_d.As<float>().address(),
-                    .plan = plan_d.As<int32_t>().address(),
-                    .kv_indptr = indptr_d.As<int32_t>().address(),
-                    .kv_indices = indices_d.As<int32_t>().address(),
-                    .lengths = lengths_d.As<int32_t>().address(),
-                    .kv_indices_size = static_cast<int64_t>(indices.size()),
-                    .num_pages = kPages,
+                    .counters = nullptr,
                     .rows = kRows,
-                    .max_items = kItems,
+                    .q_len = 1,
                     .q_heads = kHeads,
-                    .kv_heads = 1,
                     .head_dim = 64,
-                    .page_size = 1,
+                    .max_items = kItems,
+                    .blocks = 0,
                     .window = 0,
-                    .scale_log2 = 1}));
+                    .scale_log2 = 1,
+                    .soft_cap = 0}));
   ASSERT_OK(Launch(*this->stream_, variant.merge,
                    {.partial_out = partial_d.As<float>().address(),
                     .partial_lse = partial_lse_d.As<float>().address(),
                     .plan = plan_d.As<int32_t>().address(),
+                    .sinks = nullptr,
                     .out = out_d.As<float>().address(),
                     .lse = lse_d.As<attention::LseBase2>().address(),
                     .rows = kRows,
+                    .q_len = 1,
                     .max_items = kItems,
                     .q_heads = kHeads,
                     .head_dim = 64}));
@@ -391,36 +414,51 @@ class DecodeMutantTest : public PagedDecodeTest<BackendT> {
     PRISTINE_ASSIGN_OR_RETURN(DeviceBuffer partial_lse,
                               this->device_->Allocate(partials * sizeof(float), "partial_lse"));
     const attention::DecodeTensors& tensors = this->rig_->tensors;
-    const DecodeVariant& variant = *attention::FindDecodeVariant(shape.dtype, shape.head_dim);
+    const DecodeVariant& variant = *attention::FindDecodeVariant(shape.dtype, shape.KvDType(), shape.head_dim);
     PRISTINE_RETURN_IF_ERROR(Launch(
         *this->stream_, variant.decode,
         {.q = tensors.q.address(),
-         .k = tensors.k.address(),
-         .v = tensors.v.address(),
+         .kv = {.k = tensors.k.address(),
+                .v = tensors.v.address(),
+                .k_scale = nullptr,
+                .v_scale = nullptr,
+                .page_stride = shape.page_size * shape.kv_heads * shape.head_dim,
+                .token_stride = shape.kv_heads * shape.head_dim,
+                .head_stride = shape.head_dim,
+                .kv_indptr = tensors.kv_indptr.address(),
+                .pages = tensors.kv_indices.address(),
+                .pages_size = static_cast<int64_t>(tensors.kv_indices.size()),
+                .table_stride = 0,
+                .lengths = tensors.lengths.address(),
+                .num_pages = static_cast<int64_t>(tensors.k.bytes() / (attention::SizeOf(shape.dtype) * shape.kv_heads *
+                                                                       shape.head_dim * shape.page_size)),
+                .page_size = shape.page_size,
+                .kv_heads = shape.kv_heads},
+         .plan = changed_.As<int32_t>().address(),
+         .sinks = nullptr,
+         .out = nullptr,
+         .lse = nullptr,
          .partial_out = partial_out.As<float>().address(),
          .partial_lse = partial_lse.As<float>().address(),
-         .plan = changed_.As<int32_t>().address(),
-         .kv_indptr = tensors.kv_indptr.address(),
-         .kv_indices = tensors.kv_indices.address(),
-         .lengths = tensors.lengths.address(),
-         .kv_indices_size = static_cast<int64_t>(tensors.kv_indices.size()),
-         .num_pages = static_cast<int32_t>(
-             tensors.k.size() / (attention::SizeOf(shape.dtype) * shape.kv_heads * shape.head_dim * shape.page_size)),
+         .counters = nullptr,
          .rows = 2,
-         .max_items = max_items,
+         .q_len = 1,
          .q_heads = shape.q_heads,
-         .kv_heads = shape.kv_heads,
          .head_dim = shape.head_dim,
-         .page_size = shape.page_size,
+         .max_items = max_items,
+         .blocks = 0,
          .window = shape.window,
-         .scale_log2 = static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(shape.head_dim))}));
+         .scale_log2 = static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(shape.head_dim)),
+         .soft_cap = 0}));
     PRISTINE_RETURN_IF_ERROR(Launch(*this->stream_, variant.merge,
                                     {.partial_out = partial_out.As<float>().address(),
                                      .partial_lse = partial_lse.As<float>().address(),
                                      .plan = changed_.As<int32_t>().address(),
+                                     .sinks = nullptr,
                                      .out = tensors.out.address(),
                                      .lse = tensors.lse.address(),
                                      .rows = 2,
+                                     .q_len = 1,
                                      .max_items = max_items,
                                      .q_heads = shape.q_heads,
                                      .head_dim = shape.head_dim}));
@@ -556,13 +594,14 @@ TYPED_TEST(PagedDecodeTest, RunAllocatesNothing) {
   ASSERT_OK(this->stream_->Synchronize());
 }
 
-TEST(DecodeVariants, SharedMemoryOfEveryVariantFitsABlock) {
+TEST(DecodeVariants, EachIsFoundByWhatItIs) {
   for (const DecodeVariant& variant : attention::DecodeVariants()) {
-    EXPECT_EQ(variant.shared_bytes, attention::DecodeSharedBytes(attention::SizeOf(variant.dtype), variant.head_dim));
-    EXPECT_LE(variant.shared_bytes, 227 * 1024);
-    EXPECT_EQ(attention::FindDecodeVariant(variant.dtype, variant.head_dim), &variant);
+    EXPECT_EQ(attention::FindDecodeVariant(variant.dtype, variant.kv_dtype, variant.head_dim), &variant);
+    EXPECT_STRNE(variant.decode.name, variant.verify.name);
   }
-  EXPECT_EQ(attention::FindDecodeVariant(DType::kFloat32, 96), nullptr);
+  EXPECT_EQ(attention::FindDecodeVariant(DType::kFloat32, DType::kFloat32, 96), nullptr);
+  EXPECT_EQ(attention::FindDecodeVariant(DType::kFloat32, DType::kFloat8E4M3, 64), nullptr);
+  EXPECT_EQ(attention::FindDecodeVariant(DType::kBFloat16, DType::kFloat16, 64), nullptr);
 }
 
 }  // namespace

@@ -72,6 +72,7 @@ attention::DecodePlanConfig PlanConfig(int bucket) {
   config.dtype = attention::DType::kBFloat16;
   config.page_size = 16;
   config.max_row_tokens = 8192;
+  config.scheduler = attention::DecodeScheduler::kHost;
   return config;
 }
 

@@ -324,6 +324,7 @@ TYPED_TEST(StagingTest, APlanAllocatesNothing) {
   config.kv_heads = 2;
   config.head_dim = 64;
   config.max_row_tokens = 1 << 16;
+  config.scheduler = attention::DecodeScheduler::kHost;
   ASSERT_OK_AND_ASSIGN(const auto plan, attention::DecodePlan::Create(this->manager(), config));
   this->Capture({kBucket}, kEmptyBody);
   int64_t during = 0;

@@ -203,7 +203,8 @@ class Life {
                                                        .head_dim = kLifeShape.head_dim,
                                                        .page_size = kLifeShape.page_size,
                                                        .max_row_tokens = 16,
-                                                       .derived_from = {metadata_->lengths().id}});
+                                                       .derived_from = {metadata_->lengths().id},
+                                                       .scheduler = attention::DecodeScheduler::kHost});
     });
   }
 

@@ -21,7 +21,8 @@ TYPED_TEST_SUITE(ScheduleRegression, AllBackends, BackendNames);
 TYPED_TEST(ScheduleRegression, Sglang34190EntriesBehindThePlansCountAreNotRun) {
   constexpr int32_t kRows = 3, kItems = 4, kDim = 64;
   constexpr float kUntouched = 12345;
-  const attention::DecodeVariant& variant = *attention::FindDecodeVariant(attention::DType::kFloat32, kDim);
+  const attention::DecodeVariant& variant =
+      *attention::FindDecodeVariant(attention::DType::kFloat32, attention::DType::kFloat32, kDim);
   if (this->device_->backend() == Backend::kCuda) {
     ASSERT_EQ(variant.prepare(), 0);
   }
@@ -45,31 +46,46 @@ TYPED_TEST(ScheduleRegression, Sglang34190EntriesBehindThePlansCountAreNotRun) {
                      lse = put(std::vector<float>(kRows, kUntouched));
   ASSERT_OK(Launch(*this->stream_, variant.decode,
                    {.q = q.template As<float>().address(),
-                    .k = k.template As<float>().address(),
-                    .v = v.template As<float>().address(),
+                    .kv = {.k = k.template As<float>().address(),
+                           .v = v.template As<float>().address(),
+                           .k_scale = nullptr,
+                           .v_scale = nullptr,
+                           .page_stride = kDim,
+                           .token_stride = kDim,
+                           .head_stride = kDim,
+                           .kv_indptr = indptr.template As<int32_t>().address(),
+                           .pages = indices.template As<int32_t>().address(),
+                           .pages_size = 4,
+                           .table_stride = 0,
+                           .lengths = lengths.template As<int32_t>().address(),
+                           .num_pages = 4,
+                           .page_size = 1,
+                           .kv_heads = 1},
+                    .plan = plan_d.template As<int32_t>().address(),
+                    .sinks = nullptr,
+                    .out = nullptr,
+                    .lse = nullptr,
                     .partial_out = partial.template As<float>().address(),
                     .partial_lse = partial_lse.template As<float>().address(),
-                    .plan = plan_d.template As<int32_t>().address(),
-                    .kv_indptr = indptr.template As<int32_t>().address(),
-                    .kv_indices = indices.template As<int32_t>().address(),
-                    .lengths = lengths.template As<int32_t>().address(),
-                    .kv_indices_size = 4,
-                    .num_pages = 4,
+                    .counters = nullptr,
                     .rows = kRows,
-                    .max_items = kItems,
+                    .q_len = 1,
                     .q_heads = 1,
-                    .kv_heads = 1,
                     .head_dim = kDim,
-                    .page_size = 1,
+                    .max_items = kItems,
+                    .blocks = 0,
                     .window = 0,
-                    .scale_log2 = 1}));
+                    .scale_log2 = 1,
+                    .soft_cap = 0}));
   ASSERT_OK(Launch(*this->stream_, variant.merge,
                    {.partial_out = partial.template As<float>().address(),
                     .partial_lse = partial_lse.template As<float>().address(),
                     .plan = plan_d.template As<int32_t>().address(),
+                    .sinks = nullptr,
                     .out = out.template As<float>().address(),
                     .lse = lse.template As<attention::LseBase2>().address(),
                     .rows = kRows,
+                    .q_len = 1,
                     .max_items = kItems,
                     .q_heads = 1,
                     .head_dim = kDim}));

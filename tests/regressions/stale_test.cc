@@ -57,7 +57,8 @@ TYPED_TEST(StaleRegression, TensorRtLlm18443ASecondWrapperThatPlansOnlyInForward
                                         .kv_heads = 2,
                                         .head_dim = 64,
                                         .max_row_tokens = 512,
-                                        .derived_from = {lengths.id}};
+                                        .derived_from = {lengths.id},
+                                        .scheduler = attention::DecodeScheduler::kHost};
   ASSERT_OK_AND_ASSIGN(const auto full, attention::DecodePlan::Create(this->manager(), config));
   config.name = "windowed";
   config.window = 128;
@@ -122,6 +123,7 @@ TYPED_TEST(StaleRegression, SglangGlueGraphAPlanInsideTheCapturedBodyIsRefused) 
   config.kv_heads = 2;
   config.head_dim = 64;
   config.max_row_tokens = 512;
+  config.scheduler = attention::DecodeScheduler::kHost;
   ASSERT_OK_AND_ASSIGN(const auto plan, attention::DecodePlan::Create(this->manager(), config));
   bool plans = true;
   RunnerOptions options;

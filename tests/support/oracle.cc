@@ -9,7 +9,7 @@
 namespace pristine::testing {
 
 OracleRow OracleAttention(absl::Span<const double> q, absl::Span<const double> keys, absl::Span<const double> values,
-                          double scale) {
+                          const OracleScores& scores) {
   const size_t head_dim = q.size();
   const size_t tokens = keys.size() / head_dim;
   OracleRow row = {.out = std::vector<double>(head_dim, 0.0), .lse = -std::numeric_limits<double>::infinity()};
@@ -18,10 +18,11 @@ OracleRow OracleAttention(absl::Span<const double> q, absl::Span<const double> k
   for (size_t t = 0; t < tokens; ++t) {
     double score = 0;
     for (size_t d = 0; d < head_dim; ++d) score += q[d] * keys[t * head_dim + d];
-    weights[t] = score * scale;
+    weights[t] = score * scores.scale;
+    if (scores.soft_cap > 0) weights[t] = scores.soft_cap * std::tanh(weights[t] / scores.soft_cap);
   }
-  const double top = *std::max_element(weights.begin(), weights.end());
-  double mass = 0;
+  const double top = std::max(scores.sink, *std::max_element(weights.begin(), weights.end()));
+  double mass = std::exp(scores.sink - top);
   for (double& weight : weights) {
     weight = std::exp(weight - top);
     mass += weight;
@@ -31,8 +32,13 @@ OracleRow OracleAttention(absl::Span<const double> q, absl::Span<const double> k
   }
   for (double& value : row.out) value /= mass;
   row.lse = (top + std::log(mass)) / std::log(2.0);
-  row.top_mass = 1 / mass;
+  row.top_mass = *std::max_element(weights.begin(), weights.end()) / mass;
   return row;
+}
+
+double OracleTolerance(attention::DType dtype) {
+  if (dtype == attention::DType::kFloat32) return 1e-5;
+  return dtype == attention::DType::kFloat16 ? 2e-3 : 8e-3;
 }
 
 std::string Mismatch(const OracleRow& expected, absl::Span<const float> out, float lse, attention::DType dtype) {
@@ -47,7 +53,7 @@ std::string Mismatch(const OracleRow& expected, absl::Span<const float> out, flo
     norm += expected.out[d] * expected.out[d];
   }
   const double relative = std::sqrt(error / norm);
-  const double tolerance = dtype == attention::DType::kFloat32 ? 1e-5 : 8e-3;
+  const double tolerance = OracleTolerance(dtype);
   // Written so that NaN does not pass.
   if (!(relative <= tolerance)) return absl::StrCat("relative RMS ", relative, " > ", tolerance);
   if (!(std::abs(lse - expected.lse) <= 1e-3)) return absl::StrCat("LSE ", lse, ", expected ", expected.lse);

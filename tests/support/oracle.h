@@ -2,6 +2,7 @@
 #ifndef PRISTINE_TESTS_SUPPORT_ORACLE_H_
 #define PRISTINE_TESTS_SUPPORT_ORACLE_H_
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -16,12 +17,22 @@ struct OracleRow {
   double top_mass = 0;      // the largest probability: at least 0.5 in needle cases
 };
 
+struct OracleScores {
+  double scale = 1;
+  double soft_cap = 0;  // 0: none
+  double sink = -std::numeric_limits<double>::infinity();
+};
+
 // One query head, [head_dim], over `keys` and `values`, each [tokens, head_dim].
 OracleRow OracleAttention(absl::Span<const double> q, absl::Span<const double> keys, absl::Span<const double> values,
-                          double scale);
+                          const OracleScores& scores);
 
-// "" if `out` and `lse` are within the tolerances of `dtype` (relative RMS 1e-5 or 8e-3, LSE 1e-3; a row over no keys
-// must be exactly 0 and -inf); what differs, otherwise.
+// The largest relative RMS that counts as equal: 1e-5 for float32, 2e-3 for float16, 8e-3 for bfloat16 and KV in 8
+// bits.
+double OracleTolerance(attention::DType dtype);
+
+// "" if `out` and `lse` are within the tolerances of `dtype` (LSE 1e-3; a row over no keys must be exactly 0 and -inf);
+// what differs, otherwise.
 std::string Mismatch(const OracleRow& expected, absl::Span<const float> out, float lse, attention::DType dtype);
 
 }  // namespace pristine::testing

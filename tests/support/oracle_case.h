@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,12 +21,22 @@ struct DecodeShape {
   int32_t page_size = 1;
   int32_t window = 0;
   uint64_t seed = 1;
+  int32_t q_len = 1;
+  std::optional<attention::DType> kv_dtype = {};  // nothing: dtype
+  attention::KvLayout layout = attention::KvLayout::kNHD;
+  float soft_cap = 0;
+  bool sinks = false;
+  float k_scale = 1, v_scale = 1;
+  attention::DType KvDType() const { return kv_dtype.value_or(dtype); }
+  // By which results are judged: KV in 8 bits is the coarsest.
+  attention::DType Precision() const { return KvDType() == dtype ? dtype : KvDType(); }
   std::string ToString() const;
 };
 
-// K and V of (row, position, head) come from a hash. A needle is a position of a row whose key carries at least half of
-// the mass and whose value row encodes row, head, position and page. Slots that belong to no position are NaN, but for
-// page 0, the dummy page, which is zeros. Pages are handed out in a scrambled order.
+// Query i of a row stands at position length - q_len + i. K and V of (row, position, head) come from a hash. A needle
+// is a position of a row whose key carries at least half of the mass and whose value row encodes row, head, position
+// and page. Slots that belong to no position are NaN, but for page 0, the dummy page, which is zeros. Pages are handed
+// out in a scrambled order.
 class DecodeCase {
  public:
   // needles[r]: a position of row r, or -1. It may lie at or past lengths[r] as long as the row's pages hold it: such a
@@ -38,20 +49,21 @@ class DecodeCase {
   const std::vector<int32_t>& indices() const { return indices_; }  // page numbers
   int32_t num_pages() const { return num_pages_; }
   int32_t rows() const { return static_cast<int32_t>(lengths_.size()); }
-  std::vector<std::byte> Q() const;                // [rows, q_heads, head_dim] in dtype
-  std::vector<std::byte> Pool(bool values) const;  // [num_pages, page_size, kv_heads, head_dim] in dtype
+  std::vector<std::byte> Q() const;                // [rows, q_len, q_heads, head_dim] in dtype
+  std::vector<std::byte> Pool(bool values) const;  // a pool in kv_dtype and layout
+  std::vector<float> Sinks() const;                // [q_heads]; empty without
 
-  // Attention of (row, q_head) over those positions of the row's window that `attended` accepts (null: all).
-  OracleRow Expected(int32_t row, int32_t q_head, const std::function<bool(int32_t)>& attended = nullptr) const;
+  // Attention of (row, query, q_head) over those positions of the query's window that `attended` accepts (null: all).
+  OracleRow Expected(int32_t row, int32_t q_head, const std::function<bool(int32_t)>& attended = nullptr,
+                     int32_t query = 0) const;
 
  private:
   double Scale() const;
-  double Query(int32_t row, int32_t q_head, int32_t d) const;
+  double Query(int32_t row, int32_t query, int32_t q_head, int32_t d) const;
   double Key(int32_t row, int32_t position, int32_t kv_head, int32_t d) const;
   double Value(int32_t row, int32_t position, int32_t kv_head, int32_t d) const;
-  // Uniform with mean 0 and variance 1, rounded to dtype.
+  // Uniform with mean 0 and variance 1.
   double Noise(uint64_t what, int32_t row, int32_t position, int32_t head, int32_t d) const;
-  double Round(double value) const;
 
   const DecodeShape shape_;
   const std::vector<int32_t> lengths_;

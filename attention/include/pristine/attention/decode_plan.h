@@ -1,10 +1,11 @@
-// DecodePlan: how a decode step's KV is cut into work items (split-KV). Pure host arithmetic over host lengths; the
-// only input is memory that no captured kernel writes.
+// DecodePlan: how a decode step's KV is cut up over the device's multiprocessors (split-KV), by the device itself or by
+// the host.
 #ifndef PRISTINE_ATTENTION_DECODE_PLAN_H_
 #define PRISTINE_ATTENTION_DECODE_PLAN_H_
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,19 +17,30 @@
 
 namespace pristine::attention {
 
+// Who cuts the rows up.
+enum class DecodeScheduler {
+  kDevice,  // the decode kernel, from the lengths that it finds on the device: nothing to plan or refill
+  kHost,    // DecodePlan::Plan, from host lengths: pure host arithmetic over memory that no captured kernel writes
+};
+
 // One plan kind: layers that agree in all of this share a plan.
 struct DecodePlanConfig {
-  std::string name = "plan";          // prefix of the buffers' names
-  std::vector<Extent> buckets = {};   // a private workspace for each
-  int32_t rows_per_request = 1;       // KV-head groups that count as requests of their own (sparse path)
-  int32_t q_heads = 0, kv_heads = 0;  // of one row; q_heads % kv_heads == 0
-  int32_t head_dim = 0;               // 64 or 128
-  DType dtype = DType::kFloat32;
+  std::string name = "plan";           // prefix of the buffers' names
+  std::vector<Extent> buckets = {};    // a private workspace for each
+  int32_t rows_per_request = 1;        // KV-head groups that count as requests of their own (sparse path)
+  int32_t q_len = 1;                   // query tokens of each row, 1 to 16: the last ones of its length
+  int32_t q_heads = 0, kv_heads = 0;   // of one row; q_heads % kv_heads == 0, at most 32 query heads per KV head
+  int32_t head_dim = 0;                // 64 or 128; 256 too, but for float32
+  DType dtype = DType::kFloat32;       // of q and out: float32, bfloat16 or float16
+  std::optional<DType> kv_dtype = {};  // of K and V: dtype (nothing given), or kFloat8E4M3 with 16 bit dtypes
+  KvLayout layout = KvLayout::kNHD;
   int32_t page_size = 1;               // tokens
-  int32_t window = 0;                  // last tokens attended, the current one included; 0: all
-  int32_t max_row_tokens = 0;          // R: a longer row is planned as R
-  int32_t worst_row_tokens = 0;        // what captures and warm-ups see for every row; 0: max_row_tokens
-  std::vector<int> derived_from = {};  // ids of the manager's buffers that go with the lengths planned from
+  int32_t window = 0;                  // positions a query attends, its own included; 0: all
+  float soft_cap = 0;                  // logits become soft_cap * tanh(logit / soft_cap); 0: they stay
+  int32_t max_row_tokens = 0;          // R: kHost plans a longer row as R
+  int32_t worst_row_tokens = 0;        // kHost: what captures and warm-ups see for every row; 0: max_row_tokens
+  std::vector<int> derived_from = {};  // kHost: ids of the manager's buffers that go with the lengths planned from
+  DecodeScheduler scheduler = DecodeScheduler::kDevice;
 };
 
 // Item i of a row covers KV positions [begin, end) of that row, before clipping to the row's device length and window.
@@ -36,7 +48,7 @@ struct WorkItem {
   int32_t row, begin, end;
 };
 
-// The cut itself, without any device: deterministic in (config, bucket, multiprocessors, lengths).
+// The host's cut, without any device: deterministic in (config, bucket, multiprocessors, lengths).
 // Every row of `bucket` is covered exactly once over its planned range; rows beyond lengths.size() and empty rows get
 // no items. Never more than MaxItems(bucket) items. `items` has MaxItems(bucket) places, `item_indptr` rows + 1;
 // returns how many items were written. INVALID_ARGUMENT: a negative length, in the words "kv_indptr falls from 36606 at
@@ -49,15 +61,17 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
 
 class DecodePlan {
  public:
-  // Registers one workspace per bucket (kRefilled, only for that bucket's graphs; its original is the worst-case plan)
-  // and the partial results that the wrappers of this plan share (kScratch). `manager` must outlive this.
-  // INVALID_ARGUMENT: sizes that do not fit together. UNIMPLEMENTED: head_dim or dtype without a kernel; lists what
-  // exists.
+  // Registers the partial results that the wrappers of this plan share (kScratch), and what the scheduler needs. kHost:
+  // one workspace per bucket (kRefilled, only for that bucket's graphs; its original is the worst-case plan). kDevice:
+  // counters of who comes last (kRestored; each launch leaves them zero). `manager` must outlive this.
+  // INVALID_ARGUMENT: sizes that do not fit together. UNIMPLEMENTED: dtypes or head_dim without a kernel, a group or
+  // q_len beyond the kernels' limit; says what exists.
   static absl::StatusOr<std::unique_ptr<DecodePlan>> Create(BufferManager& manager, const DecodePlanConfig& config);
 
-  // Plans the manager's open step, which must be for `bucket`, and refills the bucket's workspace. `lengths`:
-  // [rows_per_request * real requests] tokens. Does not allocate or block. NOT_FOUND: not one of config.buckets.
-  // INVALID_ARGUMENT: a negative length (see PlanItems), or too many rows. Codes of BufferManager::Refill.
+  // kHost: plans the manager's open step, which must be for `bucket`, and refills the bucket's workspace. kDevice: only
+  // checks, so that an engine can call it either way. `lengths`: [rows_per_request * real requests] tokens. Does not
+  // allocate or block. NOT_FOUND: not one of config.buckets. INVALID_ARGUMENT: a negative length (see PlanItems), or
+  // too many rows. Codes of BufferManager::Refill.
   absl::Status Plan(const Extent& bucket, absl::Span<const int32_t> lengths);
 
   const DecodePlanConfig& config() const { return config_; }
@@ -67,9 +81,12 @@ class DecodePlan {
   struct Workspace {
     Extent bucket;
     int32_t max_items = 0;
-    Buffer<int32_t> values;  // [1 + (rows + 1) + 3 * max_items]: item count, item_indptr, items
+    Buffer<int32_t> values;  // [1 + (rows + 1) + 3 * max_items]: item count, item_indptr, items; kHost only
   };
   DecodePlan(BufferManager& manager, const DecodePlanConfig& config) : manager_(manager), config_(config) {}
+  absl::Status RegisterHostPlans();
+  absl::Status RegisterDeviceScratch();
+  absl::Status RegisterPartials(int64_t count);  // of `count` heads
   const Workspace* Find(const Extent& bucket) const;
   // Plans into staging_; the result is valid until the next call.
   absl::StatusOr<absl::Span<const int32_t>> Fill(const Workspace& workspace, absl::Span<const int32_t> lengths);
@@ -77,9 +94,11 @@ class DecodePlan {
   BufferManager& manager_;
   const DecodePlanConfig config_;
   std::vector<Workspace> workspaces_;  // constant after Create
-  std::vector<int32_t> staging_;       // [largest workspace], so that Plan does not allocate
-  Buffer<float> partial_out_;          // [max items, q_heads, head_dim]
-  Buffer<float> partial_lse_;          // [max items, q_heads], base 2
+  std::vector<int32_t> staging_;       // kHost: [largest workspace], so that Plan does not allocate
+  int32_t blocks_ = 0;                 // of the decode kernel's grid; kDevice only
+  Buffer<float> partial_out_;          // PagedDecodeParams::partial_out
+  Buffer<float> partial_lse_;          // base 2
+  Buffer<uint32_t> counters_;          // [blocks]
 };
 
 }  // namespace pristine::attention

@@ -1,5 +1,6 @@
-// One block per (work item, KV head). Four warps, each with its own query heads and its own part of every tile of
-// tokens: for up to 8 query heads all warps take the same heads and a quarter of the tokens each.
+// float32, without tensor cores: for checking, not for speed. One block per (work item, or row where there is no plan;
+// KV head; query token). Four warps, each with its own query heads and its own part of every tile of tokens: for up to
+// 8 query heads all warps take the same heads and a quarter of the tokens each.
 #include <cuda_runtime.h>
 #include <math_constants.h>
 
@@ -9,10 +10,19 @@
 namespace pristine::attention {
 namespace {
 
+constexpr int kDecodeThreads = 128;
+constexpr int kDecodeTile = 64;  // tokens staged in shared memory at a time
 constexpr int kWarps = kDecodeThreads / 32;
 constexpr int kTokensPerWarp = 16;  // of a tile: two lanes score one token, each half of its elements
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kDecodeTile == kWarps * kTokensPerWarp);
+
+// 32 bytes more than a row of K or V, so that the eight lanes of a 16-byte access phase meet eight different banks.
+PRISTINE_HOST_DEVICE constexpr int RowStride(int element_bytes, int head_dim) { return element_bytes * head_dim + 32; }
+// Dynamic shared memory of a block: K and V tile, queries as float, one pool offset per token of the tile.
+PRISTINE_HOST_DEVICE constexpr int SharedBytes(int element_bytes, int head_dim) {
+  return 2 * kDecodeTile * RowStride(element_bytes, head_dim) + kDecodeMaxGroup * head_dim * 4 + kDecodeTile * 8;
+}
 
 // The elements of 16 bytes (or of 4 or 8) of K or V.
 template <int kCount>
@@ -26,34 +36,13 @@ __device__ inline void Unpack(const unsigned char* from, float, float (&to)[kCou
     to[0] = x.x, to[1] = x.y;
   }
 }
-__device__ inline void UnpackPair(unsigned pair, float& low, float& high) {
-  low = __uint_as_float(pair << 16);
-  high = __uint_as_float(pair & 0xffff0000u);
-}
-template <int kCount>
-__device__ inline void Unpack(const unsigned char* from, BFloat16, float (&to)[kCount]) {
-  if constexpr (kCount == 8) {
-    const uint4 x = *reinterpret_cast<const uint4*>(from);
-    UnpackPair(x.x, to[0], to[1]);
-    UnpackPair(x.y, to[2], to[3]);
-    UnpackPair(x.z, to[4], to[5]);
-    UnpackPair(x.w, to[6], to[7]);
-  } else if constexpr (kCount == 4) {
-    const uint2 x = *reinterpret_cast<const uint2*>(from);
-    UnpackPair(x.x, to[0], to[1]);
-    UnpackPair(x.y, to[2], to[3]);
-  } else {
-    static_assert(kCount == 2);
-    UnpackPair(*reinterpret_cast<const unsigned*>(from), to[0], to[1]);
-  }
-}
 
 // kHeads: query heads of one warp. Must not spill (cmake/hot_kernels.txt).
 template <class T, int kHeadDim, int kHeads>
-__global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeParams p) {
+__global__ void __launch_bounds__(kDecodeThreads) PagedDecodeSimt(const PagedDecodeParams p) {
   constexpr int kVec = 16 / sizeof(T);
   constexpr int kVecs = kHeadDim / kVec;
-  constexpr int kStride = DecodeRowStride(sizeof(T), kHeadDim);
+  constexpr int kStride = RowStride(sizeof(T), kHeadDim);
   constexpr int kOwned = kHeadDim / 32;  // output elements of one lane
   static_assert(kWarps * kHeads * (kHeadDim + 2) * sizeof(float) <= 2 * kDecodeTile * kStride,
                 "the merge of the warps reuses the tile");
@@ -65,25 +54,22 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
 
   const int item = blockIdx.x;
   const int kv_head = blockIdx.y;
-  const int group = p.q_heads / p.kv_heads;
-  if (item >= min(p.plan[kPlanCount], p.max_items)) return;
+  const int query = blockIdx.z;
+  const int group = p.q_heads / p.kv.kv_heads;
+  if (p.plan != nullptr && item >= min(p.plan[kPlanCount], p.max_items)) return;
 
-  const int32_t* const work = p.plan + PlanItemsAt(p.rows) + 3LL * item;
-  const int row = work[0];
-  long long begin = 0, end = 0, first_page = 0;
-  if (row >= 0 && row < p.rows) {
-    first_page = p.kv_indptr[row];
-    const long long last_page =
-        min(static_cast<long long>(p.kv_indptr[row + 1]), static_cast<long long>(p.kv_indices_size));
-    if (first_page >= 0 && last_page > first_page) {
-      long long length = (last_page - first_page) * p.page_size;
-      if (p.lengths != nullptr) length = min(length, static_cast<long long>(p.lengths[row]));
-      begin = max(static_cast<long long>(work[1]), p.window > 0 ? max(0LL, length - p.window) : 0LL);
-      end = min(static_cast<long long>(work[2]), length);
-    }
+  const int32_t* const work = p.plan == nullptr ? nullptr : p.plan + PlanItemsAt(p.rows) + 3LL * item;
+  const int row = work == nullptr ? item : work[0];
+  RowPages pages = {0, 0};
+  if (row >= 0 && row < p.rows) pages = PagesOf(p.kv, row);
+  const Visible visible = VisibleTo(pages.length, p.q_len, p.window, query);
+  long long begin = visible.begin, end = visible.end;
+  if (work != nullptr) {
+    begin = max(begin, static_cast<long long>(work[1]));
+    end = min(end, static_cast<long long>(work[2]));
   }
-  const long long first_head = static_cast<long long>(item) * p.q_heads + kv_head * group;
-  if (begin >= end) {
+  const long long first_head = (static_cast<long long>(item) * p.q_len + query) * p.q_heads + kv_head * group;
+  if (begin >= end && p.plan != nullptr) {
     for (int h = threadIdx.x; h < group; h += kDecodeThreads) p.partial_lse[first_head + h] = -CUDART_INF_F;
     return;
   }
@@ -96,10 +82,11 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
   const int head_warp = warp / token_warps;
   const int tile = token_warps * kTokensPerWarp;
 
-  const T* const q =
-      static_cast<const T*>(p.q) + (static_cast<long long>(row) * p.q_heads + kv_head * group) * kHeadDim;
+  const T* const q = static_cast<const T*>(p.q) +
+                     ((static_cast<long long>(row) * p.q_len + query) * p.q_heads + kv_head * group) * kHeadDim;
+  const ScoreScale scale = ScoreScaleOf(p);
   for (int i = threadIdx.x; i < head_warps * kHeads * kHeadDim; i += kDecodeThreads) {
-    q_shared[i] = i < group * kHeadDim ? ToFloat(q[i]) * p.scale_log2 : 0.0f;
+    q_shared[i] = i < group * kHeadDim ? ToFloat(q[i]) * scale.inner : 0.0f;
   }
 
   float top[kHeads], mass[kHeads], sum[kHeads][kOwned];
@@ -111,8 +98,8 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
     for (int d = 0; d < kOwned; ++d) sum[h][d] = 0.0f;
   }
 
-  const unsigned char* const k_pool = static_cast<const unsigned char*>(p.k);
-  const unsigned char* const v_pool = static_cast<const unsigned char*>(p.v);
+  const unsigned char* const k_pool = static_cast<const unsigned char*>(p.kv.k);
+  const unsigned char* const v_pool = static_cast<const unsigned char*>(p.kv.v);
   const float* const q_warp = q_shared + head_warp * kHeads * kHeadDim;
   const int token = token_warp * kTokensPerWarp + lane / 2;
   const int half = lane % 2;
@@ -121,13 +108,8 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
     __syncthreads();  // the tile before is used up
     if (threadIdx.x < tile) {
       const long long position = start + threadIdx.x;
-      long long offset = -1;
-      if (position < end) {
-        const long long page = p.kv_indices[first_page + position / p.page_size];
-        if (page >= 0 && page < p.num_pages) {
-          offset = ((page * p.page_size + position % p.page_size) * p.kv_heads + kv_head) * (kHeadDim * sizeof(T));
-        }
-      }
+      long long offset = position < end ? KvOffset(p.kv, pages, position, kv_head) : -1;
+      if (offset >= 0) offset *= sizeof(T);
       offsets[threadIdx.x] = offset;
     }
     __syncthreads();
@@ -169,7 +151,8 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
     const bool attended = offsets[token] >= 0;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      const float score = weight[h] + __shfl_xor_sync(kAllLanes, weight[h], 1);
+      float score = weight[h] + __shfl_xor_sync(kAllLanes, weight[h], 1);
+      if (scale.outer != 0.0f) score = scale.outer * tanhf(score);
       float new_top = attended ? score : -CUDART_INF_F;
 #pragma unroll
       for (int step = 2; step < 32; step *= 2) new_top = fmaxf(new_top, __shfl_xor_sync(kAllLanes, new_top, step));
@@ -217,7 +200,7 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
     const float* const state = merge + (h / kHeads * token_warps * kHeads + h % kHeads) * (kHeadDim + 2);
     float all_top = -CUDART_INF_F;
     for (int w = 0; w < token_warps; ++w) all_top = fmaxf(all_top, state[w * kHeads * (kHeadDim + 2) + kHeadDim]);
-    const float safe_top = all_top == -CUDART_INF_F ? 0.0f : all_top;
+    float safe_top = all_top == -CUDART_INF_F ? 0.0f : all_top;
     float all_mass = 0.0f, out = 0.0f;
     for (int w = 0; w < token_warps; ++w) {
       const float* const part = state + w * kHeads * (kHeadDim + 2);
@@ -225,39 +208,46 @@ __global__ void __launch_bounds__(kDecodeThreads) PagedDecode(const PagedDecodeP
       all_mass = fmaf(part[kHeadDim + 1], factor, all_mass);
       out = fmaf(part[d], factor, out);
     }
-    p.partial_out[first_head * kHeadDim + i] = all_mass == 0.0f ? 0.0f : out / all_mass;
-    if (d == 0) p.partial_lse[first_head + h] = all_mass == 0.0f ? -CUDART_INF_F : safe_top + log2f(all_mass);
+    if (p.kv.v_scale != nullptr) out *= *p.kv.v_scale;
+    if (p.plan != nullptr) {
+      p.partial_out[first_head * kHeadDim + i] = all_mass == 0.0f ? 0.0f : out / all_mass;
+      if (d == 0) p.partial_lse[first_head + h] = all_mass == 0.0f ? -CUDART_INF_F : safe_top + log2f(all_mass);
+      continue;
+    }
+    if (all_mass != 0.0f && p.sinks != nullptr) {
+      constexpr float kLog2E = 1.44269504088896340736f;
+      const float sink = p.sinks[kv_head * group + h] * kLog2E;
+      const float top_of_both = fmaxf(safe_top, sink);
+      const float decay = exp2f(safe_top - top_of_both);
+      all_mass = fmaf(all_mass, decay, exp2f(sink - top_of_both));
+      out *= decay;
+      safe_top = top_of_both;
+    }
+    static_cast<T*>(p.out)[first_head * kHeadDim + i] = FromFloat<T>(all_mass == 0.0f ? 0.0f : out / all_mass);
+    if (d == 0 && p.lse != nullptr) {
+      p.lse[first_head + h].value = all_mass == 0.0f ? -CUDART_INF_F : safe_top + log2f(all_mass);
+    }
   }
 }
 
 template <class T, int kHeadDim, int kHeads>
 int LaunchDecode(CUstream_st* stream, const PagedDecodeParams& params) {
   void* arguments[] = {const_cast<PagedDecodeParams*>(&params)};
-  const dim3 grid(static_cast<unsigned>(params.max_items), static_cast<unsigned>(params.kv_heads));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&PagedDecode<T, kHeadDim, kHeads>), grid, dim3(kDecodeThreads),
-                          arguments, DecodeSharedBytes(sizeof(T), kHeadDim), stream);
+  const dim3 grid(static_cast<unsigned>(params.plan != nullptr ? params.max_items : params.rows),
+                  static_cast<unsigned>(params.kv.kv_heads), static_cast<unsigned>(params.q_len));
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&PagedDecodeSimt<T, kHeadDim, kHeads>), grid,
+                          dim3(kDecodeThreads), arguments, SharedBytes(sizeof(T), kHeadDim), stream);
 }
 
 template <class T, int kHeadDim, int kHeads>
 int SetSharedLimit() {
-  return cudaFuncSetAttribute(PagedDecode<T, kHeadDim, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              DecodeSharedBytes(sizeof(T), kHeadDim));
-}
-
-}  // namespace
-
-template <class T, int kHeadDim>
-int PagedDecodeCuda(CUstream_st* stream, const PagedDecodeParams& params) {
-  const int group = params.q_heads / params.kv_heads;
-  if (group <= 1) return LaunchDecode<T, kHeadDim, 1>(stream, params);
-  if (group <= 2) return LaunchDecode<T, kHeadDim, 2>(stream, params);
-  if (group <= 4) return LaunchDecode<T, kHeadDim, 4>(stream, params);
-  return LaunchDecode<T, kHeadDim, 8>(stream, params);
+  return cudaFuncSetAttribute(PagedDecodeSimt<T, kHeadDim, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              SharedBytes(sizeof(T), kHeadDim));
 }
 
 template <class T, int kHeadDim>
-int PagedDecodePrepare() {
-  static_assert(DecodeSharedBytes(sizeof(T), kHeadDim) <= 227 * 1024, "a block of sm_90 has 227 KiB");
+int Prepare() {
+  static_assert(SharedBytes(sizeof(T), kHeadDim) <= 227 * 1024, "a block of sm_90 has 227 KiB");
   for (const int error : {SetSharedLimit<T, kHeadDim, 1>(), SetSharedLimit<T, kHeadDim, 2>(),
                           SetSharedLimit<T, kHeadDim, 4>(), SetSharedLimit<T, kHeadDim, 8>()}) {
     if (error != cudaSuccess) return error;
@@ -265,13 +255,32 @@ int PagedDecodePrepare() {
   return cudaSuccess;
 }
 
-template int PagedDecodeCuda<float, 64>(CUstream_st*, const PagedDecodeParams&);
-template int PagedDecodeCuda<float, 128>(CUstream_st*, const PagedDecodeParams&);
-template int PagedDecodeCuda<BFloat16, 64>(CUstream_st*, const PagedDecodeParams&);
-template int PagedDecodeCuda<BFloat16, 128>(CUstream_st*, const PagedDecodeParams&);
-template int PagedDecodePrepare<float, 64>();
-template int PagedDecodePrepare<float, 128>();
-template int PagedDecodePrepare<BFloat16, 64>();
-template int PagedDecodePrepare<BFloat16, 128>();
+template <class T, int kHeadDim>
+int LaunchGroup(CUstream_st* stream, const PagedDecodeParams& params) {
+  const int group = params.q_heads / params.kv.kv_heads;
+  if (group <= 1) return LaunchDecode<T, kHeadDim, 1>(stream, params);
+  if (group <= 2) return LaunchDecode<T, kHeadDim, 2>(stream, params);
+  if (group <= 4) return LaunchDecode<T, kHeadDim, 4>(stream, params);
+  return LaunchDecode<T, kHeadDim, 8>(stream, params);
+}
+
+}  // namespace
+
+template <>
+int PagedDecodeCuda<float, float, 64>(CUstream_st* stream, const PagedDecodeParams& params) {
+  return LaunchGroup<float, 64>(stream, params);
+}
+template <>
+int PagedDecodeCuda<float, float, 128>(CUstream_st* stream, const PagedDecodeParams& params) {
+  return LaunchGroup<float, 128>(stream, params);
+}
+template <>
+int PagedDecodePrepare<float, float, 64>() {
+  return Prepare<float, 64>();
+}
+template <>
+int PagedDecodePrepare<float, float, 128>() {
+  return Prepare<float, 128>();
+}
 
 }  // namespace pristine::attention

@@ -1,0 +1,13 @@
+// bfloat16 over its own dtype.
+#include "attention/kernels/paged_decode_mma.cuh"
+
+namespace pristine::attention {
+
+template int PagedDecodeCuda<BFloat16, BFloat16, 64>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodeCuda<BFloat16, BFloat16, 128>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodeCuda<BFloat16, BFloat16, 256>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodePrepare<BFloat16, BFloat16, 64>();
+template int PagedDecodePrepare<BFloat16, BFloat16, 128>();
+template int PagedDecodePrepare<BFloat16, BFloat16, 256>();
+
+}  // namespace pristine::attention

@@ -1,0 +1,13 @@
+// float16 over its own dtype.
+#include "attention/kernels/paged_decode_mma.cuh"
+
+namespace pristine::attention {
+
+template int PagedDecodeCuda<Float16, Float16, 64>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodeCuda<Float16, Float16, 128>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodeCuda<Float16, Float16, 256>(CUstream_st*, const PagedDecodeParams&);
+template int PagedDecodePrepare<Float16, Float16, 64>();
+template int PagedDecodePrepare<Float16, Float16, 128>();
+template int PagedDecodePrepare<Float16, Float16, 256>();
+
+}  // namespace pristine::attention
