@@ -13,7 +13,7 @@ namespace {
 
 namespace gdn = attention::gdn;
 
-constexpr int32_t kPromptChunk = 256;  // tokens of a context that are taken in at a time
+constexpr int32_t kPromptChunk = 64;  // tokens of a context that are taken in at a time
 
 // Rows of the tensors that decoding and contexts share.
 int64_t Rows(const ModelConfig& config) { return std::max(config.max_batch(), kPromptChunk); }
