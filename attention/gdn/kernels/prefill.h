@@ -1,0 +1,85 @@
+// Chunked gated delta rule over packed sequences, in two kernels: what each chunk needs whatever the state is, all
+// chunks side by side; then the states, chunk after chunk. No Abseil, no CUDA headers.
+#ifndef PRISTINE_ATTENTION_GDN_KERNELS_PREFILL_H_
+#define PRISTINE_ATTENTION_GDN_KERNELS_PREFILL_H_
+
+#include <cstdint>
+
+#include "attention/kernels/host_device.h"
+#include "pristine/attention/types.h"
+
+struct CUstream_st;
+
+namespace pristine::attention::gdn {
+
+inline constexpr int32_t kChunk = 64;  // tokens
+
+struct PrefillParams {
+  const void* q;  // [tokens, qk_heads, K] bfloat16, q_stride elements from token to token
+  const void* k;
+  const void* v;   // [tokens, v_heads, V]
+  const float* g;  // [tokens, v_heads]
+  const float* beta;
+  const int32_t* cu_seqlens;     // [sequences + 1]
+  const int32_t* initial_slots;  // [sequences]
+  const int32_t* final_slots;
+  void* out;        // [tokens, v_heads, V] bfloat16
+  void* states;     // [slots, v_heads, V, K], slot_stride elements from slot to slot
+  void* workspace;  // [ChunkBound(sequences, tokens), v_heads] of ChunkRecord; Host: null
+  int64_t q_stride, k_stride, v_stride;
+  int64_t slot_stride;
+  int32_t slots;
+  int32_t sequences, tokens;
+  int32_t qk_heads, v_heads;
+  int32_t heads_per_block;  // of the first kernel: divides v_heads / qk_heads
+  int32_t v_parts;          // blocks that share a state in the second: 1 or 2
+  float scale;
+  DType state_dtype;
+  bool clamp_to_zero;  // PaddedRows::kClampToZero
+};
+
+// What the first kernel leaves for the second, per chunk and value head. Matrices are 64 x 64 bfloat16, row by row of
+// 128 bytes whose 16-byte words are permuted for the tensor cores (128-byte swizzle).
+struct ChunkRecord {
+  uint16_t t[kChunk * kChunk];  // T diag(beta)
+  uint16_t p[kChunk * kChunk];  // scale (D o Q K^T)
+  float exp_g[kChunk];          // exp(G_i)
+  float exp_rest[kChunk];       // exp(G_last - G_i)
+};
+static_assert(sizeof(ChunkRecord) == 16896);
+
+// Places for the chunks of any `sequences` lengths whose sum is at most `tokens`, and the first place of the sequence
+// that starts at `token` behind `sequence` others: closed forms, so that neither a scan nor the host is asked. Places
+// of two sequences never overlap, since a sequence's places grow by at least ceil(length / 64).
+PRISTINE_HOST_DEVICE constexpr int32_t FirstChunk(int32_t sequence, int32_t token) {
+  const int32_t ones = sequence < token ? sequence : token;
+  return ones + (token - ones) / kChunk;
+}
+PRISTINE_HOST_DEVICE constexpr int32_t ChunkBound(int32_t sequences, int32_t tokens) {
+  return FirstChunk(sequences, tokens);
+}
+
+// The shapes of both grids; functions of bucket, heads and device alone.
+// A state is one block's where there are enough of them to fill the device, else two blocks share it.
+constexpr int32_t PrefillVParts(int64_t states, int32_t multiprocessors) {
+  return 2 * states <= multiprocessors ? 2 : 1;
+}
+// Value heads of one q/k head share k.k and q.k in one block where there are chunks enough to fill the device.
+inline constexpr int32_t kMaxHeadsPerBlock = 4;
+constexpr int32_t PrefillHeadsPerBlock(int64_t chunks, int32_t qk_heads, int32_t ratio, int32_t multiprocessors) {
+  return ratio <= kMaxHeadsPerBlock && chunks * qk_heads >= 4 * multiprocessors ? ratio : 1;
+}
+
+// Zeroes the rows of `out` behind the last sequence; the CUDA kernel fills the workspace too.
+int PrefillPrepareHost(const PrefillParams& params);
+int PrefillPrepareCuda(CUstream_st* stream, const PrefillParams& params);
+// `out` of all sequences and their final states.
+int PrefillStatesHost(const PrefillParams& params);
+int PrefillStatesCuda(CUstream_st* stream, const PrefillParams& params);
+// Set the kernels' attributes on the current device.
+int PrefillSetUpPrepareCuda();
+int PrefillSetUpStatesCuda();
+
+}  // namespace pristine::attention::gdn
+
+#endif  // PRISTINE_ATTENTION_GDN_KERNELS_PREFILL_H_
