@@ -23,8 +23,8 @@ using replay_driver::GdnConfig;
 using replay_driver::GdnElement;
 using replay_driver::GdnKey;
 using replay_driver::GdnTensor;
-using replay_driver::GdnTruth;
 using replay_driver::ModelConfig;
+using replay_driver::TrueGdn;
 
 // Contexts from none on, one of more than a chunk; more requests than slots.
 constexpr char kTrace[] =
@@ -133,7 +133,7 @@ TEST(HybridCuda, EveryStepIsTrueAndEqualsAnEagerRun) {
 #endif
 
 // The truth goes back from the last token; here is the definition, which goes forward.
-TEST(GdnTruthTest, IsTheRecurrenceOverConvolvedInputs) {
+TEST(TrueGdnTest, IsTheRecurrenceOverConvolvedInputs) {
   ModelConfig config;
   config.seed = 9;
   config.gdn = {3, 2, 4};
@@ -165,7 +165,7 @@ TEST(GdnTruthTest, IsTheRecurrenceOverConvolvedInputs) {
                number(GdnTensor::kALog, 0, 0, head), number(GdnTensor::kDtBias, 0, 0, head)},
               state, out.data());
       if (t % 13 != 0) continue;
-      EXPECT_LT(RelativeRms(out, GdnTruth(config, kRequest, kLayer, t + 1, head)), 1e-12) << "token " << t;
+      EXPECT_LT(RelativeRms(out, TrueGdn(config, kRequest, kLayer, t + 1, head).out), 1e-12) << "token " << t;
     }
   }
 }
