@@ -92,24 +92,31 @@ class Tokens {
 
 }  // namespace
 
-std::vector<double> GdnTruth(const ModelConfig& config, int32_t request, int32_t layer, int32_t length, int32_t head) {
+GdnTruth TrueGdn(const ModelConfig& config, int32_t request, int32_t layer, int32_t length, int32_t head) {
   const Tokens tokens(config, request, layer, head);
-  std::vector<double> w = tokens.q(length - 1), out(kDim);
+  GdnTruth truth = {std::vector<double>(kDim), 0};
+  std::vector<double> w = tokens.q(length - 1);
   for (double& value : w) value /= std::sqrt(static_cast<double>(kDim));
   double decay = 1;  // of all tokens after `position`
   // What is left out weighs less than 1e-20 of |q| |v|, which neither decay nor k (|k| < 1, beta < 1) can raise again.
   for (int32_t position = length - 1; position >= 0 && decay > 1e-20; --position) {
     const std::vector<double> k = tokens.k(position), v = tokens.v(position);
     const double beta = tokens.beta(position);
-    double dot = 0;
-    for (size_t i = 0; i < kDim; ++i) dot += k[i] * w[i];
+    double dot = 0, w_squares = 0, v_squares = 0;
     for (size_t i = 0; i < kDim; ++i) {
-      out[i] += decay * beta * dot * v[i];
+      dot += k[i] * w[i];
+      w_squares += w[i] * w[i];
+      v_squares += v[i] * v[i];
+    }
+    truth.typical_norm += decay * decay * beta * beta * w_squares * v_squares / kDim;
+    for (size_t i = 0; i < kDim; ++i) {
+      truth.out[i] += decay * beta * dot * v[i];
       w[i] -= beta * dot * k[i];
     }
     decay *= tokens.decay(position);
   }
-  return out;
+  truth.typical_norm = std::sqrt(truth.typical_norm);
+  return truth;
 }
 
 void CompareGdnSame(const ModelConfig& config, const StepInputs& inputs, const Outputs& replayed, const Outputs& eager,
@@ -155,13 +162,15 @@ void CompareGdnTruth(const ModelConfig& config, const StepInputs& inputs, const 
     const int32_t head = static_cast<int32_t>(triple % heads);
     const int32_t layer = static_cast<int32_t>(triple / heads % config.gdn.layers);
     const size_t row = static_cast<size_t>(triple / heads / config.gdn.layers);
-    const std::vector<double> truth = GdnTruth(config, inputs.requests[row], layer, inputs.lengths[row], head);
-    std::vector<double> actual(kDim);
+    const GdnTruth truth = TrueGdn(config, inputs.requests[row], layer, inputs.lengths[row], head);
     const size_t first = row * static_cast<size_t>(config.gdn.v_dim()) + static_cast<size_t>(head) * kDim;
+    double error = 0, norm = 0;
     for (size_t i = 0; i < kDim; ++i) {
-      actual[i] = OutputElement(config, replayed.gdn_out[static_cast<size_t>(layer)], first + i);
+      const double actual = OutputElement(config, replayed.gdn_out[static_cast<size_t>(layer)], first + i);
+      error += (actual - truth.out[i]) * (actual - truth.out[i]);
+      norm += truth.out[i] * truth.out[i];
     }
-    const double rms = testing::RelativeRms(truth, actual);
+    const double rms = std::sqrt(error) / std::max(std::sqrt(norm), truth.typical_norm);
     ++comparison.rows;
     comparison.max_rel_rms =
         std::max(comparison.max_rel_rms, std::isfinite(rms) ? rms : std::numeric_limits<double>::infinity());

@@ -13,10 +13,12 @@ namespace {
 
 namespace gdn = attention::gdn;
 
-constexpr int32_t kPromptChunk = 256;  // tokens of a context that are taken in at a time
-
+// gdn::Prefill takes bfloat16; other contexts are taken in token by token.
+bool HasPrefill(const ModelConfig& config) { return config.dtype == attention::DType::kBFloat16; }
+// Tokens of a context that are taken in at a time.
+int32_t PromptChunk(const ModelConfig& config) { return HasPrefill(config) ? 1024 : 64; }
 // Rows of the tensors that decoding and contexts share.
-int64_t Rows(const ModelConfig& config) { return std::max(config.max_batch(), kPromptChunk); }
+int64_t Rows(const ModelConfig& config) { return std::max(config.max_batch(), PromptChunk(config)); }
 int64_t ElementBytes(const ModelConfig& config) { return static_cast<int64_t>(attention::SizeOf(config.dtype)); }
 
 // [rows, elements] of the model's dtype.
@@ -33,6 +35,13 @@ absl::StatusOr<std::unique_ptr<GdnLayers>> GdnLayers::Create(Device& device, con
       .layers = config.gdn.layers, .conv_dim = config.gdn.dim(), .conv_dtype = config.dtype};
   PRISTINE_ASSIGN_OR_RETURN(layers->pool_, gdn::StatePool::Create(device, attention::DType::kFloat32,
                                                                   config.gdn.v_heads, Slots(config), options));
+  if (HasPrefill(config)) {
+    const gdn::PrefillConfig prefill = {
+        .largest = {1, PromptChunk(config)}, .qk_heads = config.gdn.qk_heads, .v_heads = config.gdn.v_heads};
+    absl::StatusOr<std::unique_ptr<gdn::Prefill>> made = gdn::Prefill::Create(device, prefill);
+    if (!made.ok() && !absl::IsUnimplemented(made.status())) return made.status();
+    if (made.ok()) layers->prefill_ = *std::move(made);
+  }
   PRISTINE_RETURN_IF_ERROR(layers->MakeLayers(device));
   PRISTINE_RETURN_IF_ERROR(layers->AllocateTensors(device));
   return layers;
@@ -41,7 +50,8 @@ absl::StatusOr<std::unique_ptr<GdnLayers>> GdnLayers::Create(Device& device, con
 int64_t GdnLayers::Bytes(const ModelConfig& config) {
   const GdnConfig& gdn = config.gdn;
   const int64_t state = gdn::kStateElements * gdn.v_heads * 4 + int64_t{gdn.dim()} * gdn::kConvHistory * 4;
-  const int64_t rows = 2 * gdn.dim() * Rows(config) + int64_t{gdn.layers} * gdn.v_dim() * config.max_batch();
+  const int64_t rows =
+      (2 * gdn.dim() + gdn.v_dim()) * Rows(config) + int64_t{gdn.layers} * gdn.v_dim() * config.max_batch();
   // The states of slot 0 are a constant of the manager's, with an original.
   return int64_t{gdn.layers} * (PoolSlots(config) + 2) * state + 4 * rows;
 }
@@ -82,6 +92,12 @@ absl::Status GdnLayers::AllocateTensors(Device& device) {
   PRISTINE_ASSIGN_OR_RETURN(q_, Allocate(device, config_, rows, gdn.qk_dim(), "gdn q"));
   PRISTINE_ASSIGN_OR_RETURN(k_, Allocate(device, config_, rows, gdn.qk_dim(), "gdn k"));
   PRISTINE_ASSIGN_OR_RETURN(v_, Allocate(device, config_, rows, gdn.v_dim(), "gdn v"));
+  if (prefill_ != nullptr) {
+    const size_t gates = static_cast<size_t>(rows) * static_cast<size_t>(gdn.v_heads) * sizeof(float);
+    PRISTINE_ASSIGN_OR_RETURN(g_, device.Allocate(gates, "gdn g"));
+    PRISTINE_ASSIGN_OR_RETURN(beta_, device.Allocate(gates, "gdn beta"));
+    PRISTINE_ASSIGN_OR_RETURN(prompt_out_, Allocate(device, config_, rows, gdn.v_dim(), "gdn prompt out"));
+  }
   for (int32_t layer = 0; layer < gdn.layers; ++layer) {
     PRISTINE_ASSIGN_OR_RETURN(outs_.emplace_back(),
                               Allocate(device, config_, config_.max_batch(), gdn.v_dim(), "gdn out"));
@@ -128,13 +144,11 @@ absl::Status GdnLayers::ReleaseAll() {
   return absl::OkStatus();
 }
 
-// As a prefill without its outputs: the convolution over the context, and its tokens taken into the state.
 absl::Status GdnLayers::FillContext(Stream& stream, const ActiveRequest& request, gdn::Slot slot) {
   const int32_t context = request.length - 1;  // the step takes the last token
-  const DeviceSpan<const int32_t> prompt = prompt_.As<const int32_t>();
   for (int32_t layer = 0; layer < config_.gdn.layers; ++layer) {
-    for (int32_t first = 0; first < context; first += kPromptChunk) {
-      const int32_t tokens = std::min(kPromptChunk, context - first);
+    for (int32_t first = 0; first < context; first += PromptChunk(config_)) {
+      const int32_t tokens = std::min(PromptChunk(config_), context - first);
       const GdnInputsParams params = {.seed = config_.seed,
                                       .layer = layer,
                                       .rows = tokens,
@@ -151,14 +165,38 @@ absl::Status GdnLayers::FillContext(Stream& stream, const ActiveRequest& request
                                       .slot = slot,
                                       .prompt = prompt_.As<int32_t>().address()};
       PRISTINE_RETURN_IF_ERROR(Launch(stream, kGdnInputs, params));
-      const gdn::ConvSequences sequence = {.requests = 1, .cu_seqlens = prompt.Sub(1, 2)};
-      PRISTINE_RETURN_IF_ERROR(gdn::CausalConv1d(stream, tokens, sequence, ConvInputsOf(layer, prompt.Sub(0, 1)),
-                                                 pool_->conv_view(layer), QkvOutputs()));
-      PRISTINE_RETURN_IF_ERROR(gdn::Commit(stream, 1, tokens, RecurrentInputsOf(layer, prompt.Sub(0, 1)),
-                                           pool_->view(layer), prompt.Sub(2, 1)));
+      PRISTINE_RETURN_IF_ERROR(TakeIn(stream, layer, tokens));
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status GdnLayers::TakeIn(Stream& stream, int32_t layer, int32_t tokens) {
+  const DeviceSpan<const int32_t> prompt = prompt_.As<const int32_t>();
+  const DeviceSpan<const int32_t> slot = prompt.Sub(0, 1), cu_seqlens = prompt.Sub(1, 2);
+  const gdn::ConvSequences sequence = {.requests = 1, .cu_seqlens = cu_seqlens};
+  const gdn::RecurrentInputs inputs = RecurrentInputsOf(layer, slot);
+  gdn::ConvOutputs qkv = QkvOutputs();
+  if (prefill_ != nullptr) {
+    qkv.norm_head_dim = gdn::kHeadDim;
+    qkv.gates = inputs.gates;
+    qkv.g = g_.As<float>();
+    qkv.beta = beta_.As<float>();
+  }
+  PRISTINE_RETURN_IF_ERROR(
+      gdn::CausalConv1d(stream, tokens, sequence, ConvInputsOf(layer, slot), pool_->conv_view(layer), qkv));
+  if (prefill_ == nullptr) return gdn::Commit(stream, 1, tokens, inputs, pool_->view(layer), prompt.Sub(2, 1));
+  return prefill_->Run(stream, {1, tokens},
+                       {.q = inputs.q,
+                        .k = inputs.k,
+                        .v = inputs.v,
+                        .g = qkv.g,
+                        .beta = qkv.beta,
+                        .cu_seqlens = cu_seqlens,
+                        .initial_slots = slot,
+                        .final_slots = slot,
+                        .out = prompt_out_.As<std::byte>()},
+                       pool_->view(layer));
 }
 
 gdn::ConvInputs GdnLayers::ConvInputsOf(int32_t layer, DeviceSpan<const int32_t> slots) const {

@@ -15,6 +15,7 @@
 #include "examples/replay_driver/model_config.h"
 #include "examples/replay_driver/scheduler.h"
 #include "pristine/attention/gdn/causal_conv1d.h"
+#include "pristine/attention/gdn/prefill.h"
 #include "pristine/attention/gdn/recurrent.h"
 #include "pristine/attention/gdn/state_pool.h"
 #include "pristine/buffers/buffer_manager.h"
@@ -62,6 +63,8 @@ class GdnLayers {
   absl::Status MakeLayers(Device& device);
   absl::Status AllocateTensors(Device& device);
   absl::Status FillContext(Stream& stream, const ActiveRequest& request, attention::gdn::Slot slot);
+  // Takes `tokens` tokens of the prompt whose inputs were made into the states of its slot.
+  absl::Status TakeIn(Stream& stream, int32_t layer, int32_t tokens);
   attention::gdn::ConvInputs ConvInputsOf(int32_t layer, DeviceSpan<const int32_t> slots) const;
   attention::gdn::ConvOutputs QkvOutputs() const;
   attention::gdn::RecurrentInputs RecurrentInputsOf(int32_t layer, DeviceSpan<const int32_t> slots) const;
@@ -69,9 +72,11 @@ class GdnLayers {
   const ModelConfig config_;
   std::unique_ptr<attention::gdn::StatePool> pool_;
   std::vector<Layer> layers_;
-  DeviceBuffer mixed_, a_, b_, q_, k_, v_;  // of the layer that runs
-  std::vector<DeviceBuffer> outs_;          // per layer, [max batch, v_dim]
-  DeviceBuffer prompt_;                     // [3] see GdnInputsParams
+  DeviceBuffer mixed_, a_, b_, q_, k_, v_;            // of the layer that runs
+  std::vector<DeviceBuffer> outs_;                    // per layer, [max batch, v_dim]
+  std::unique_ptr<attention::gdn::Prefill> prefill_;  // null: not for this dtype, or not on this device
+  DeviceBuffer g_, beta_, prompt_out_;                // for it
+  DeviceBuffer prompt_;                               // [3] see GdnInputsParams
   DeviceBuffer differences_;
   std::map<int32_t, attention::gdn::Slot> slot_of_;  // by request
   int64_t handed_out_ = 0;

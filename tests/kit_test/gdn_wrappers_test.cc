@@ -2,17 +2,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "absl/types/span.h"
 #include "pristine/attention/gdn/causal_conv1d.h"
+#include "pristine/attention/gdn/prefill.h"
 #include "pristine/attention/gdn/qkv_split.h"
 #include "pristine/attention/gdn/recurrent.h"
 #include "pristine/attention/gdn/state_pool.h"
@@ -20,6 +20,7 @@
 #include "pristine/buffers/buffer_manager.h"
 #include "pristine/conformance/state_conformance.h"
 #include "pristine/graph_runtime/status.h"
+#include "tests/gdn/gdn_rig.h"
 #include "tests/support/backends.h"
 #include "tests/support/gdn_truth.h"
 #include "tests/support/status_matchers.h"
@@ -199,6 +200,33 @@ class DecodeWrapper : public GdnWrapper {
   DeviceBuffer qkv_;
 };
 
+// Of the convolution: multiples of 1/64, the same in every dtype.
+float Weight(int32_t channel, int32_t tap) { return static_cast<float>((channel * 7 + tap * 13) % 64 - 32) / 64; }
+
+absl::StatusOr<DeviceBuffer> ConvWeights(Device& device, Stream& stream, DType dtype) {
+  std::vector<double> weights;
+  for (int32_t i = 0; i < kDim * kConvWidth; ++i) weights.push_back(Weight(i / kConvWidth, i % kConvWidth));
+  PRISTINE_ASSIGN_OR_RETURN(Tensor tensor, MakeTensor(device, stream, dtype, weights));
+  return std::move(tensor.memory);
+}
+
+// The convolution and the rule, over all tokens.
+void LayerRule(const StateRow& row, const Values& inputs, Values& states, Values& outputs) {
+  Values convolved = inputs;
+  for (int32_t t = 0; t < row.tokens; ++t) {
+    for (int32_t c = 0; c < kDim; ++c) {
+      double* const history = &states[1][static_cast<size_t>(c) * kConvHistory];
+      double& x = convolved[0][static_cast<size_t>(t * kDim + c)];
+      const double sum =
+          Weight(c, 0) * history[0] + Weight(c, 1) * history[1] + Weight(c, 2) * history[2] + Weight(c, 3) * x;
+      std::copy(history + 1, history + 3, history);
+      history[2] = x;
+      x = sum / (1 + std::exp(-sum));
+    }
+  }
+  GdnRule([](const StateRow& of) { return of.tokens; })(row, convolved, states, outputs);
+}
+
 // What a layer of a model does with a token each: the convolution, straight into normalised q, k and v, and the rule.
 // Two pools, of convolution states and of the rule's.
 class ConvDecodeWrapper : public GdnWrapper {
@@ -206,19 +234,7 @@ class ConvDecodeWrapper : public GdnWrapper {
   static StateShape Shape(DType dtype, DType state) {
     StateShape shape = GdnShape(dtype, state, 1);
     shape.states.push_back({"conv_states", dtype, kDim * kConvHistory});
-    shape.rule = [](const StateRow& row, const Values& inputs, Values& states, Values& outputs) {
-      Values convolved = inputs;
-      for (int32_t c = 0; c < kDim; ++c) {
-        double* const history = &states[1][static_cast<size_t>(c) * kConvHistory];
-        double& x = convolved[0][static_cast<size_t>(c)];
-        const double sum =
-            Weight(c, 0) * history[0] + Weight(c, 1) * history[1] + Weight(c, 2) * history[2] + Weight(c, 3) * x;
-        std::copy(history + 1, history + 3, history);
-        history[2] = x;
-        x = sum / (1 + std::exp(-sum));
-      }
-      GdnRule([](const StateRow&) { return 1; })(row, convolved, states, outputs);
-    };
+    shape.rule = LayerRule;
     return shape;
   }
   static absl::StatusOr<std::unique_ptr<ConvDecodeWrapper>> Create(Device& device, Stream& stream,
@@ -227,28 +243,13 @@ class ConvDecodeWrapper : public GdnWrapper {
     PRISTINE_RETURN_IF_ERROR(wrapper->Open(device, stream));
     const size_t element = attention::SizeOf(shape.inputs[0].dtype);
     PRISTINE_ASSIGN_OR_RETURN(wrapper->qkv_, device.Allocate(element * shape.max_tokens() * kDim, "qkv"));
-    std::vector<std::byte> weight(element * kDim * kConvWidth);
-    for (int32_t i = 0; i < kDim * kConvWidth; ++i) {
-      Store(shape.inputs[0].dtype, Weight(i / kConvWidth, i % kConvWidth), &weight[static_cast<size_t>(i) * element]);
-    }
-    PRISTINE_ASSIGN_OR_RETURN(wrapper->weight_, device.Allocate(weight.size(), "conv weight"));
-    PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(wrapper->weight_.As<std::byte>(), weight));
-    PRISTINE_RETURN_IF_ERROR(stream.Synchronize());
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->weight_, ConvWeights(device, stream, shape.inputs[0].dtype));
     PRISTINE_RETURN_IF_ERROR(wrapper->manager_->Seal());
     return wrapper;
   }
 
  private:
   explicit ConvDecodeWrapper(const StateShape& shape) : GdnWrapper(shape) {}
-  // Multiples of 1/64, the same in every dtype.
-  static float Weight(int32_t channel, int32_t tap) {
-    return static_cast<float>((channel * 7 + tap * 13) % 64 - 32) / 64;
-  }
-  static void Store(DType dtype, float value, std::byte* to) {
-    uint32_t bits = std::bit_cast<uint32_t>(value);
-    if (dtype == DType::kBFloat16) bits >>= 16;
-    std::memcpy(to, &bits, attention::SizeOf(dtype));
-  }
   absl::Status Layer(Stream& stream, int32_t bucket, const StateTensors& t) override {
     const size_t row = static_cast<size_t>(shape_.max_tokens()) * attention::SizeOf(shape_.inputs[0].dtype);
     const DeviceSpan<std::byte> all = qkv_.As<std::byte>();
@@ -269,6 +270,71 @@ class ConvDecodeWrapper : public GdnWrapper {
         view, t.outputs[0]);
   }
   DeviceBuffer qkv_, weight_;
+};
+
+// Prompts of any lengths, from none on: the convolution, with norm and gates, and the rule in chunks.
+class PrefillWrapper : public GdnWrapper {
+ public:
+  static StateShape Shape(DType dtype, DType state) {
+    StateShape shape = GdnShape(dtype, state, 66);  // past a chunk
+    shape.states.push_back({"conv_states", dtype, kDim * kConvHistory});
+    shape.rule = LayerRule;
+    shape.buckets = {1, 2};
+    shape.ragged = true;
+    return shape;
+  }
+  static absl::StatusOr<std::unique_ptr<PrefillWrapper>> Create(Device& device, Stream& stream,
+                                                                const StateShape& shape) {
+    std::unique_ptr<PrefillWrapper> wrapper(new PrefillWrapper(shape));
+    PRISTINE_RETURN_IF_ERROR(wrapper->Open(device, stream));
+    const size_t rows = static_cast<size_t>(shape.max_tokens());
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->qkv_,
+                              device.Allocate(attention::SizeOf(shape.inputs[0].dtype) * rows * kDim, "qkv"));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->gates_, device.Allocate(2 * sizeof(float) * rows * kVHeads, "gates"));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->weight_, ConvWeights(device, stream, shape.inputs[0].dtype));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->prefill_,
+                              Prefill::Create(device, {{shape.max_requests(), shape.max_tokens()}, kQkHeads, kVHeads}));
+    PRISTINE_RETURN_IF_ERROR(wrapper->manager_->Seal());
+    return wrapper;
+  }
+
+ private:
+  explicit PrefillWrapper(const StateShape& shape) : GdnWrapper(shape) {}
+  absl::Status Layer(Stream& stream, int32_t bucket, const StateTensors& t) override {
+    const int32_t tokens = bucket * shape_.tokens;
+    const size_t row = static_cast<size_t>(shape_.max_tokens()) * attention::SizeOf(shape_.inputs[0].dtype);
+    const DeviceSpan<std::byte> all = qkv_.As<std::byte>();
+    const DeviceSpan<float> gates = gates_.As<float>();
+    const ConvOutputs qkv = {.q_dim = kQkDim,
+                             .k_dim = kQkDim,
+                             .v_dim = kVDim,
+                             .q = all.Sub(0, row * kQkDim),
+                             .k = all.Sub(row * kQkDim, row * kQkDim),
+                             .v = all.Sub(2 * row * kQkDim, row * kVDim),
+                             .norm_head_dim = kHeadDim,
+                             .gates = Gates(t),
+                             .g = gates.Sub(0, gates.size() / 2),
+                             .beta = gates.Sub(gates.size() / 2, gates.size() / 2)};
+    const DeviceSpan<const int32_t> slots = metadata_->state_slots().live, lengths = metadata_->qo_indptr().live;
+    PRISTINE_RETURN_IF_ERROR(
+        CausalConv1d(stream, tokens, {.requests = bucket, .cu_seqlens = lengths},
+                     {.x = {t.inputs[0]}, .weight = weight_.As<const std::byte>(), .cache_indices = slots},
+                     {shape_.states[1].dtype, kDim, shape_.slots(), kDim * kConvHistory, t.states[1]}, qkv));
+    PRISTINE_ASSIGN_OR_RETURN(const StateView view, View(t));
+    return prefill_->Run(stream, {bucket, tokens},
+                         {.q = {qkv.q},
+                          .k = {qkv.k},
+                          .v = {qkv.v},
+                          .g = qkv.g,
+                          .beta = qkv.beta,
+                          .cu_seqlens = lengths,
+                          .initial_slots = slots,
+                          .final_slots = slots,
+                          .out = t.outputs[0]},
+                         view);
+  }
+  DeviceBuffer qkv_, gates_, weight_;
+  std::unique_ptr<Prefill> prefill_;
 };
 
 // Verifies a chain of draft tokens, then commits as many as a request's slot says: 0 and all among them.
@@ -350,6 +416,10 @@ TYPED_TEST(GdnWrappersTest, ConvolutionAndDecodeConform) {
 
 TYPED_TEST(GdnWrappersTest, ConvolutionAndDecodeInBFloat16Conform) {
   this->template Check<ConvDecodeWrapper>(DType::kBFloat16, DType::kBFloat16);
+}
+
+TYPED_TEST(GdnWrappersTest, PrefillConforms) {
+  this->template Check<PrefillWrapper>(DType::kBFloat16, DType::kFloat32);
 }
 
 TYPED_TEST(GdnWrappersTest, VerifyAndCommitConform) {
