@@ -176,7 +176,16 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ",
                                                      Rows(config, bucket), " rows, must be at most ", kMaxRows));
     }
-    if (config.scheduler == DecodeScheduler::kDevice) continue;
+    const int64_t tiles =
+        Rows(config, bucket) *
+        DecodeUnits(config.kv_heads, config.head_dim, config.q_heads / config.kv_heads * config.q_len) *
+        ((int64_t{config.max_row_tokens} + kDecodeTile - 1) / kDecodeTile);
+    if (config.scheduler == DecodeScheduler::kDevice) {
+      if (tiles <= kMaxInt32) continue;
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ", tiles,
+                                                     " tiles of ", kDecodeTile, " tokens at max_row_tokens ",
+                                                     config.max_row_tokens, ", must be at most ", kMaxInt32));
+    }
     const int64_t values =
         MaxItems64(config, bucket, multiprocessors) * config.q_len * config.q_heads * config.head_dim;
     if (values > kMaxInt32) {

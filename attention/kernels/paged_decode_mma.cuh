@@ -25,6 +25,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kWarpTokens = 16;
 constexpr int kTile = kWarps * kWarpTokens;
+static_assert(kTile == kDecodeTile);
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504088896340736f;
 
@@ -51,13 +52,13 @@ struct alignas(16) Small {
   float mass[kWarps][32];
   float query_factor[32];
   unsigned attended[kWarps][8];  // per stage: which of the warp's tokens are
-  long long scan[kWarps];
+  int scan[kWarps];
   int is_last;
 };
 
 template <class S>
 constexpr int SharedBytes(int rows) {
-  return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) + 8 * (rows + 1);
+  return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) + 4 * (rows + 1);
 }
 
 // Rows of 16-byte chunks without bank conflicts for ldmatrix: eight rows at one chunk meet eight different bank groups.
@@ -70,72 +71,90 @@ __device__ inline int Swizzle(int row, int chunk) {
 // A run of tiles of one unit.
 struct Piece {
   int row, kv_head, first_m;  // first_m: of the packed rows, query token * group + head of the group
-  RowPages pages;
-  long long low, high;             // tokens [low, high) are looked at
-  int tile, tiles;                 // the next tile of the row, and how many are left of the piece
-  long long unit_begin, unit_end;  // the unit's tiles on the line
+  const int32_t* pages;       // the row's
+  int length;                 // of the row, in tokens
+  int low, high;              // tokens [low, high) are looked at
+  int tile, tiles;            // the next tile of the row, and how many are left of the piece
+  int unit_begin, unit_end;   // the unit's tiles on the line
 };
 
-__device__ inline long long FirstSeen(const PagedDecodeParams& p, long long length) {
-  const long long begin = length - p.q_len + 1 - p.window;
-  return p.window > 0 && begin > 0 ? begin : 0;
+// Tokens of a row; room is left for positions past its end.
+__device__ inline int LengthOf(const RowPages& pages) {
+  return static_cast<int>(min(static_cast<long long>(pages.length), 0x7fffff00LL));
 }
-__device__ inline int TilesOf(const PagedDecodeParams& p, long long length) {
+__device__ inline int FirstSeen(const PagedDecodeParams& p, int length) {
+  return p.window > 0 ? max(length - p.q_len + 1 - p.window, 0) : 0;
+}
+__device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
   if (length <= 0) return 0;
-  return static_cast<int>((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile);
+  return min((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile, p.most_tiles);
 }
 
-// What a block works on: [next, end) of the line.
+// All tiles, and who works on which: the first `longer` blocks take part + 1 of them, the others `part`.
 struct Line {
-  const long long* prefix;  // shared, [rows + 1]: tiles of the rows before
-  int units;                // of a row: KV heads * passes
+  const int* prefix;  // shared, [rows + 1]: tiles of the rows before
+  int units;          // of a row: KV heads * passes
   int passes;
-  long long total;
+  int total;
+  unsigned part, longer;
+
+  __device__ void Divide(int blocks) {
+    part = static_cast<unsigned>(total) / blocks;
+    longer = static_cast<unsigned>(total) % blocks;
+  }
+  __device__ int BeginOf(unsigned block) const { return static_cast<int>(block * part + min(block, longer)); }
+  __device__ unsigned OwnerOf(int at) const {
+    const unsigned before = longer * (part + 1);
+    if (static_cast<unsigned>(at) < before) return at / (part + 1);
+    return longer + (at - before) / part;
+  }
 };
 
 template <int kRows>
-__device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, long long at, long long end) {
-  const long long tile = at / line.units;
+__device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, int at, int end) {
+  const int tile = static_cast<unsigned>(at) / line.units;
   int low = 0, high = p.rows;  // prefix[low] <= tile < prefix[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (line.prefix[middle] <= tile ? low : high) = middle;
   }
-  const long long before = line.prefix[low];
-  const int tiles = static_cast<int>(line.prefix[low + 1] - before);
-  const long long offset = at - before * line.units;
-  const int unit = static_cast<int>(offset / tiles);
-  const int done = static_cast<int>(offset - static_cast<long long>(unit) * tiles);
+  const int before = line.prefix[low];
+  const int tiles = line.prefix[low + 1] - before;
+  const unsigned offset = at - before * line.units;
+  const int unit = offset / static_cast<unsigned>(tiles);
+  const int done = offset - unit * tiles;
+  const RowPages pages = PagesOf(p.kv, low);
   Piece piece;
   piece.row = low;
   piece.kv_head = unit / line.passes;
   piece.first_m = unit % line.passes * kRows;
-  piece.pages = PagesOf(p.kv, low);
-  piece.low = FirstSeen(p, piece.pages.length);
-  piece.high = piece.pages.length;
-  piece.tile = static_cast<int>(piece.low / kTile) + done;
+  piece.pages = p.kv.pages + pages.first;
+  piece.length = LengthOf(pages);
+  piece.low = FirstSeen(p, piece.length);
+  piece.high = piece.length;
+  piece.tile = piece.low / kTile + done;
   piece.unit_begin = at - done;
   piece.unit_end = piece.unit_begin + tiles;
-  piece.tiles = static_cast<int>(min(static_cast<long long>(tiles - done), end - at));
+  piece.tiles = min(tiles - done, end - at);
   return piece;
 }
 
 // prefix[r]: tiles of the rows before r. All threads of the block; ends with a barrier.
-__device__ inline void ScanRows(const PagedDecodeParams& p, long long* prefix, Small& small) {
+__device__ inline void ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  long long before = 0;
+  int before = 0;
+  if (threadIdx.x == 0) prefix[0] = 0;
   for (int first = 0; first < p.rows; first += kThreads) {
     const int row = first + threadIdx.x;
-    const long long own = row < p.rows ? TilesOf(p, PagesOf(p.kv, row).length) : 0;
-    long long sum = own;
+    int sum = row < p.rows ? TilesOf(p, LengthOf(PagesOf(p.kv, row))) : 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const long long other = __shfl_up_sync(kAllLanes, sum, step);
+      const int other = __shfl_up_sync(kAllLanes, sum, step);
       if (lane >= step) sum += other;
     }
     if (lane == 31) small.scan[warp] = sum;
     __syncthreads();
-    long long all = 0;
+    int all = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       if (w == warp) sum += before + all;
@@ -143,7 +162,6 @@ __device__ inline void ScanRows(const PagedDecodeParams& p, long long* prefix, S
     }
     if (row < p.rows) prefix[row + 1] = sum;
     before += all;
-    if (threadIdx.x == 0 && first == 0) prefix[0] = 0;
     __syncthreads();
   }
 }
@@ -157,10 +175,10 @@ class Loader {
     page_shift_ = (p.kv.page_size & (p.kv.page_size - 1)) == 0 ? 31 - __clz(p.kv.page_size) : -1;
   }
   __device__ void Start(const Piece& piece) {
-    pages_ = p_.kv.pages + piece.pages.first;
+    pages_ = piece.pages;
     low_ = piece.low;
     high_ = piece.high;
-    tile_ = piece.tile;
+    position_ = piece.tile * kTile + threadIdx.x / 32 * kWarpTokens;
     left_ = piece.tiles;
     head_ = piece.kv_head * p_.kv.head_stride;
     LookUp();
@@ -171,42 +189,48 @@ class Loader {
   __device__ void Load(int stage) {
     const int lane = threadIdx.x % 32;
     const bool valid = page_ >= 0 && page_ < p_.kv.num_pages;
-    const long long offset =
-        valid ? (page_ * p_.kv.page_stride + in_page_ * p_.kv.token_stride + head_) * static_cast<int>(sizeof(Kv)) : -1;
-    const unsigned attended = __ballot_sync(kAllLanes, valid);
-    if (lane == 0) attended_[stage] = attended & 0xffffu;
+    const unsigned attended = __ballot_sync(kAllLanes, valid) & 0xffffu;
+    if (lane == 0) attended_[stage] = attended;
+    const long long own = (page_ * p_.kv.page_stride + in_page_ * p_.kv.token_stride + head_) * int{sizeof(Kv)};
     const char* const k = static_cast<const char*>(p_.kv.k);
-    const char* const v = static_cast<const char*>(p_.kv.v);
+    const long long k_to_v = static_cast<const char*>(p_.kv.v) - k;
     const unsigned to = ring_ + stage * 2 * S::kHalfStage;
     constexpr int kRowsAtOnce = 32 / S::kChunks;
     const int chunk = lane % S::kChunks;
+    const int first = lane / S::kChunks;
+    // Where pages are multiples of 16 tokens, all 16 are in one page and a stride apart.
+    const bool one_page = p_.kv.page_size % kWarpTokens == 0;
+    const long long stride = p_.kv.token_stride * int{sizeof(Kv)};
+    const int in_first = __ffs(attended) - 1;  // its offset stands for all where the first token is not attended
+    const long long anchor = __shfl_sync(kAllLanes, own, max(in_first, 0)) - max(in_first, 0) * stride;
 #pragma unroll
     for (int i = 0; i < kWarpTokens; i += kRowsAtOnce) {
-      const int row = i + lane / S::kChunks;
-      const long long from = __shfl_sync(kAllLanes, offset, row);
-      const long long at = from < 0 ? 0 : from + chunk * 16;
+      const int row = i + first;
+      const bool takes = attended >> row & 1;
+      const long long from = one_page ? anchor + row * stride : __shfl_sync(kAllLanes, own, row);
+      const char* const at = k + (takes ? from + chunk * 16 : 0);
       const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
-      CopyAsync(place, k + at, from >= 0);
-      CopyAsync(place + S::kHalfStage, v + at, from >= 0);
+      CopyAsync(place, at, takes);
+      CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
     }
-    ++tile_;
+    position_ += kTile;
     if (--left_ > 0) LookUp();
   }
 
  private:
-  // The page of this lane's token of the next tile; -1 where there is none to look at.
+  // The page of this lane's token of the next tile; -1 where there is none to look at. It is not used before the next
+  // tile is loaded, so nobody waits for it.
   __device__ void LookUp() {
-    const long long position =
-        static_cast<long long>(tile_) * kTile + threadIdx.x / 32 * kWarpTokens + threadIdx.x % kWarpTokens;
+    const int position = position_ + threadIdx.x % kWarpTokens;
     page_ = -1;
     if (position < low_ || position >= high_) return;
     if (page_shift_ >= 0) {
       page_ = pages_[position >> page_shift_];
-      in_page_ = static_cast<int>(position) & (p_.kv.page_size - 1);
+      in_page_ = position & (p_.kv.page_size - 1);
     } else {
-      const long long page = position / p_.kv.page_size;
+      const int page = position / p_.kv.page_size;
       page_ = pages_[page];
-      in_page_ = static_cast<int>(position - page * p_.kv.page_size);
+      in_page_ = position - page * p_.kv.page_size;
     }
   }
 
@@ -215,8 +239,8 @@ class Loader {
   unsigned* const attended_;
   int page_shift_;
   const int32_t* pages_;
-  long long low_, high_, head_, page_;
-  int in_page_ = 0, tile_, left_ = 0;
+  long long head_;
+  int low_, high_, position_, page_ = -1, in_page_ = 0, left_ = 0;
 };
 
 // The queries of a piece, [kRows, kHeadDim] in 16 bit and swizzled. For KV in 8 bits they become float16, each row
@@ -494,7 +518,7 @@ class Block {
       : p_(p),
         turn_(shared + kWarps * S::kRing),
         small_(*reinterpret_cast<Small*>(turn_ + S::kTurnBytes)),
-        prefix_(reinterpret_cast<long long*>(&small_ + 1)),
+        prefix_(reinterpret_cast<int*>(&small_ + 1)),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         ring_(SharedAddress(shared) + warp_ * S::kRing),
@@ -511,10 +535,11 @@ class Block {
     }
     ScanRows(p_, prefix_, small_);
     line_.total = prefix_[p_.rows] * line_.units;
-    blocks_ = min(static_cast<long long>(gridDim.x), line_.total);
-    if (blockIdx.x < blocks_) {
-      const long long begin = line_.total * blockIdx.x / blocks_;
-      end_ = line_.total * (blockIdx.x + 1) / blocks_;
+    const int blocks = min(static_cast<int>(gridDim.x), line_.total);
+    if (blockIdx.x < blocks) {
+      line_.Divide(blocks);
+      const int begin = line_.BeginOf(blockIdx.x);
+      end_ = line_.BeginOf(blockIdx.x + 1);
       RunPieces(begin, PieceAt<S::kRows>(p_, line_, begin, end_));
     }
     ClearEmptyRows();
@@ -530,17 +555,19 @@ class Block {
     piece.kv_head = blockIdx.y / line_.passes;
     piece.first_m = blockIdx.y % line_.passes * S::kRows;
     if (piece.row >= 0 && piece.row < p_.rows) {
-      piece.pages = PagesOf(p_.kv, piece.row);
-      piece.low = max(static_cast<long long>(work[1]), FirstSeen(p_, piece.pages.length));
-      piece.high = min(static_cast<long long>(work[2]), static_cast<long long>(piece.pages.length));
+      const RowPages pages = PagesOf(p_.kv, piece.row);
+      piece.pages = p_.kv.pages + pages.first;
+      piece.length = LengthOf(pages);
+      piece.low = max(work[1], FirstSeen(p_, piece.length));
+      piece.high = min(work[2], piece.length);
     }
     if (piece.low >= piece.high) {
       const int rows = RowsOf(piece);
       for (int row = threadIdx.x; row < rows; row += kThreads) p_.partial_lse[ItemPlace(piece, row)] = -CUDART_INF_F;
       return;
     }
-    piece.tile = static_cast<int>(piece.low / kTile);
-    piece.tiles = static_cast<int>((piece.high + kTile - 1) / kTile) - piece.tile;
+    piece.tile = piece.low / kTile;
+    piece.tiles = (piece.high + kTile - 1) / kTile - piece.tile;
     end_ = piece.tiles;
     RunPieces(0, piece);
   }
@@ -556,7 +583,7 @@ class Block {
     CommitAsync();  // an empty group, too, counts
   }
 
-  __device__ void RunPieces(long long begin, Piece piece) {
+  __device__ void RunPieces(int begin, Piece piece) {
     loader_.Start(piece);
     ahead_ = begin + piece.tiles;
     for (int stage = 0; stage < S::kStages - 1; ++stage) LoadNext(stage);
@@ -564,18 +591,15 @@ class Block {
     const int group = p_.q_heads / p_.kv.kv_heads;
     WarpState state;
     int stage = 0;
-    for (long long at = begin;;) {
+    for (int at = begin;;) {
       LoadQueries<T, Kv, kHeadDim, kMTiles>(p_, piece, turn_, small_);
       __syncthreads();
       float inner[kMTiles][2];
-      long long seen[kMTiles][2];  // one past the last position that the row's query attends
 #pragma unroll
       for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int row = 16 * t + 8 * h + lane_ / 4;
-          inner[t][h] = scale.inner * (sizeof(Kv) == 1 ? small_.query_factor[row] : 1.0f);
-          seen[t][h] = piece.pages.length - p_.q_len + (piece.first_m + row) / group + 1;
+          inner[t][h] = scale.inner * (sizeof(Kv) == 1 ? small_.query_factor[16 * t + 8 * h + lane_ / 4] : 1.0f);
         }
       }
       state.Clear();
@@ -587,35 +611,61 @@ class Block {
         float score[kMTiles][2][4];
         const unsigned k = ring_ + stage * 2 * S::kHalfStage;
         WarpState::Scores(SharedAddress(turn_), k, score);
-        const unsigned attended = small_.attended[warp_][stage];
-        const long long position = static_cast<long long>(piece.tile) * kTile + warp_ * kWarpTokens;
-        const bool all = attended == 0xffffu && position + kWarpTokens <= piece.pages.length - p_.q_len + 1 &&
-                         (p_.window == 0 || position >= piece.pages.length - p_.window);
 #pragma unroll
         for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              score[t][n][e] *= inner[t][e / 2];
-              if (scale.outer != 0.0f) score[t][n][e] = scale.outer * tanhf(score[t][n][e]);
-              if (!all) {
-                const int token = n * 8 + lane_ % 4 * 2 + e % 2;
-                const long long behind = seen[t][e / 2] - 1 - (position + token);
-                const bool sees = (attended >> token & 1) != 0 && behind >= 0 && (p_.window == 0 || behind < p_.window);
-                if (!sees) score[t][n][e] = -CUDART_INF_F;
-              }
-            }
+            for (int e = 0; e < 4; ++e) score[t][n][e] *= inner[t][e / 2];
           }
         }
+        if (scale.outer != 0.0f) Cap(scale.outer, score);
+        const unsigned attended = small_.attended[warp_][stage];
+        const int position = piece.tile * kTile + warp_ * kWarpTokens;
+        const bool all = attended == 0xffffu && position + kWarpTokens <= piece.length - p_.q_len + 1 &&
+                         (p_.window == 0 || position >= piece.length - p_.window);
+        if (!all) Hide(piece, attended, position, score);
         state.Soften(score);
         state.AddValues(score, k + S::kHalfStage);
         ++piece.tile;
         stage = stage == S::kStages - 1 ? 0 : stage + 1;
       }
-      Finish(piece, state, at);
+      Finish(piece, state);
       if (at >= end_) return;
       piece = PieceAt<S::kRows>(p_, line_, at, end_);
+    }
+  }
+
+  __device__ static void Cap(float outer, float (&score)[kMTiles][2][4]) {
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) score[t][n][e] = outer * tanhf(score[t][n][e]);
+      }
+    }
+  }
+  // The scores of tokens that a query does not see, of the 16 from `position` on.
+  __device__ void Hide(const Piece& piece, unsigned attended, int position, float (&score)[kMTiles][2][4]) const {
+    const int group = p_.q_heads / p_.kv.kv_heads;
+    const int window = p_.window == 0 ? 0x7fffffff : p_.window;
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int query = (piece.first_m + 16 * t + 8 * h + lane_ / 4) / group;
+        const int at = piece.length - p_.q_len + query - position;  // the query's own place from here
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            const int token = n * 8 + lane_ % 4 * 2 + e % 2;
+            const bool sees = (attended >> token & 1) != 0 && token <= at && at - token < window;
+            if (!sees) score[t][n][e] = -CUDART_INF_F;
+          }
+        }
+      }
     }
   }
 
@@ -629,14 +679,11 @@ class Block {
     return (static_cast<long long>(blockIdx.x) * p_.q_len + m / group) * p_.q_heads + piece.kv_head * group + m % group;
   }
   // Of a piece's row among the partial results of blocks: the first piece of a block, and the last if it is another.
-  __device__ static long long BlockPlace(long long block, bool last, int row) {
-    return (2 * block + last) * kDecodeTileRows + row;
+  __device__ static long long BlockPlace(int block, bool last, int row) {
+    return (2LL * block + last) * kDecodeTileRows + row;
   }
-  // The block whose part of the line holds `at`.
-  __device__ long long OwnerOf(long long at) const { return ((at + 1) * blocks_ - 1) / line_.total; }
-
-  // Makes a result, or a partial one, of what the warps have. All threads; ends with a barrier. `at`: the piece's end.
-  __device__ void Finish(const Piece& piece, WarpState& state, long long at) {
+  // Makes a result, or a partial one, of what the warps have. All threads; ends with a barrier.
+  __device__ void Finish(const Piece& piece, WarpState& state) {
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
@@ -652,10 +699,11 @@ class Block {
     }
     __syncthreads();
     const bool planned = p_.plan != nullptr;
-    const long long first = planned ? 0 : OwnerOf(piece.unit_begin);
-    const long long last = planned ? 0 : OwnerOf(piece.unit_end - 1);
+    const int first = planned ? 0 : line_.OwnerOf(piece.unit_begin);
+    const int last = planned ? 0 : line_.OwnerOf(piece.unit_end - 1);
     const bool whole = !planned && first == last;
-    const bool starts = first == blockIdx.x;  // a split unit that starts here is the block's last piece
+    const bool starts =
+        first == static_cast<int>(blockIdx.x);  // a split unit that starts here is the block's last piece
     const int rows = RowsOf(piece);
     float* const merge = reinterpret_cast<float*>(turn_);
 #pragma unroll
@@ -719,13 +767,13 @@ class Block {
   }
 
   // The partial results of blocks first … last, in that order.
-  __device__ void Merge(const Piece& piece, int rows, long long first, long long last) {
-    constexpr int kAtOnce = 8;
+  __device__ void Merge(const Piece& piece, int rows, int first, int last) {
+    constexpr int kAtOnce = kMTiles == 1 ? 16 : 8;
     for (int i = threadIdx.x; i < rows * kVecs; i += kThreads) {
       const int row = i / kVecs, dim = i % kVecs * 4;
       Total total = {-CUDART_INF_F, 0.0f};
       float4 sum = {0, 0, 0, 0};
-      for (long long block = first; block <= last; block += kAtOnce) {
+      for (int block = first; block <= last; block += kAtOnce) {
         float lse[kAtOnce];
         float4 part[kAtOnce];
 #pragma unroll
@@ -771,12 +819,12 @@ class Block {
   const PagedDecodeParams& p_;
   unsigned char* const turn_;
   Small& small_;
-  long long* const prefix_;
+  int* const prefix_;
   const int warp_, lane_;
   const unsigned ring_;
   Loader<S, Kv> loader_;
   Line line_;
-  long long blocks_ = 1, end_ = 0, ahead_ = 0;
+  int end_ = 0, ahead_ = 0;
 };
 
 // Must not spill (cmake/hot_kernels.txt).
