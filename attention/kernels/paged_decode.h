@@ -64,11 +64,14 @@ PRISTINE_HOST_DEVICE inline Visible VisibleTo(int64_t length, int32_t q_len, int
   return {window > 0 && end > window ? end - window : 0, end};
 }
 
-// What is counted when the device schedules: tiles of so many tokens, at most 2^31 over all rows, KV heads and passes
-// over a KV head's queries.
-constexpr int32_t kDecodeTile = 64;
+// What is counted when the device schedules: tiles of tokens, at most 2^31 over all rows, KV heads and passes over the
+// query heads times query tokens of a KV head, the packed rows.
 PRISTINE_HOST_DEVICE constexpr int32_t DecodePassRows(int32_t head_dim, int32_t packed_rows) {
   return head_dim <= 128 && packed_rows > 16 ? 32 : 16;
+}
+// Tokens. Eight bits of a key and its value are so soon there that a warp takes twice as many at a time.
+PRISTINE_HOST_DEVICE constexpr int32_t DecodeTile(int32_t kv_bytes, int32_t head_dim, int32_t pass_rows) {
+  return kv_bytes == 1 && head_dim <= 128 && pass_rows == 16 ? 128 : 64;
 }
 constexpr int64_t DecodeUnits(int32_t kv_heads, int32_t head_dim, int32_t packed_rows) {
   const int32_t pass = DecodePassRows(head_dim, packed_rows);

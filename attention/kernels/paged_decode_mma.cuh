@@ -23,21 +23,18 @@ namespace decode_mma {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kWarpTokens = 16;
-constexpr int kTile = kWarps * kWarpTokens;
-static_assert(kTile == kDecodeTile);
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504088896340736f;
 
 template <class Kv, int kHeadDim, int kMTiles>
 struct Shape {
+  static constexpr int kTile = DecodeTile(sizeof(Kv), kHeadDim, 16 * kMTiles);
+  static constexpr int kTokens = kTile / kWarps;  // of a warp
+  static constexpr unsigned kAll = kTokens == 32 ? 0xffffffffu : 0xffffu;
   static constexpr int kRowBytes = kHeadDim * sizeof(Kv);
-  static constexpr int kChunks = kRowBytes / 16;              // 16-byte chunks of a row of K or V
-  static constexpr int kHalfStage = kWarpTokens * kRowBytes;  // K or V of a warp's stage
-  static constexpr int kStages = kHeadDim == 256 ? (sizeof(Kv) == 1 ? 6 : 3)
-                                                 : (kHalfStage >= 4096   ? 3
-                                                    : kHalfStage >= 2048 ? 6
-                                                                         : 8);
+  static constexpr int kChunks = kRowBytes / 16;          // 16-byte chunks of a row of K or V
+  static constexpr int kHalfStage = kTokens * kRowBytes;  // K or V of a warp's stage
+  static constexpr int kStages = (kHeadDim == 256 ? 48 : 24) * 1024 / (2 * kHalfStage);
   static constexpr int kRing = kStages * 2 * kHalfStage;  // bytes of a warp
   static constexpr int kRows = 16 * kMTiles;              // of M in one pass
   static constexpr int kMergeStride = kHeadDim + 4;       // floats; off the banks' period
@@ -51,7 +48,7 @@ struct alignas(16) Small {
   float top[kWarps][32];
   float mass[kWarps][32];
   float query_factor[32];
-  unsigned attended[kWarps][8];  // per stage: which of the warp's tokens are
+  unsigned attended[kWarps][12];  // per stage: which of the warp's tokens are
   int scan[kWarps];
   int is_last;
 };
@@ -85,6 +82,7 @@ __device__ inline int LengthOf(const RowPages& pages) {
 __device__ inline int FirstSeen(const PagedDecodeParams& p, int length) {
   return p.window > 0 ? max(length - p.q_len + 1 - p.window, 0) : 0;
 }
+template <int kTile>
 __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
   if (length <= 0) return 0;
   return min((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile, p.most_tiles);
@@ -110,7 +108,7 @@ struct Line {
   }
 };
 
-template <int kRows>
+template <class S>
 __device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, int at, int end) {
   const int tile = static_cast<unsigned>(at) / line.units;
   int low = 0, high = p.rows;  // prefix[low] <= tile < prefix[high]
@@ -127,12 +125,12 @@ __device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, in
   Piece piece;
   piece.row = low;
   piece.kv_head = unit / line.passes;
-  piece.first_m = unit % line.passes * kRows;
+  piece.first_m = unit % line.passes * S::kRows;
   piece.pages = p.kv.pages + pages.first;
   piece.length = LengthOf(pages);
   piece.low = FirstSeen(p, piece.length);
   piece.high = piece.length;
-  piece.tile = piece.low / kTile + done;
+  piece.tile = piece.low / S::kTile + done;
   piece.unit_begin = at - done;
   piece.unit_end = piece.unit_begin + tiles;
   piece.tiles = min(tiles - done, end - at);
@@ -140,13 +138,14 @@ __device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, in
 }
 
 // prefix[r]: tiles of the rows before r. All threads of the block; ends with a barrier.
+template <int kTile>
 __device__ inline void ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int before = 0;
   if (threadIdx.x == 0) prefix[0] = 0;
   for (int first = 0; first < p.rows; first += kThreads) {
     const int row = first + threadIdx.x;
-    int sum = row < p.rows ? TilesOf(p, LengthOf(PagesOf(p.kv, row))) : 0;
+    int sum = row < p.rows ? TilesOf<kTile>(p, LengthOf(PagesOf(p.kv, row))) : 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(kAllLanes, sum, step);
@@ -178,7 +177,7 @@ class Loader {
     pages_ = piece.pages;
     low_ = piece.low;
     high_ = piece.high;
-    position_ = piece.tile * kTile + threadIdx.x / 32 * kWarpTokens;
+    position_ = piece.tile * S::kTile + threadIdx.x / 32 * S::kTokens;
     left_ = piece.tiles;
     head_ = piece.kv_head * p_.kv.head_stride;
     LookUp();
@@ -189,31 +188,33 @@ class Loader {
   __device__ void Load(int stage) {
     const int lane = threadIdx.x % 32;
     const bool valid = page_ >= 0 && page_ < p_.kv.num_pages;
-    const unsigned attended = __ballot_sync(kAllLanes, valid) & 0xffffu;
+    const unsigned attended = __ballot_sync(kAllLanes, valid) & S::kAll;
     if (lane == 0) attended_[stage] = attended;
     const long long own = (page_ * p_.kv.page_stride + in_page_ * p_.kv.token_stride + head_) * int{sizeof(Kv)};
     const char* const k = static_cast<const char*>(p_.kv.k);
     const long long k_to_v = static_cast<const char*>(p_.kv.v) - k;
-    const unsigned to = ring_ + stage * 2 * S::kHalfStage;
     constexpr int kRowsAtOnce = 32 / S::kChunks;
     const int chunk = lane % S::kChunks;
-    const int first = lane / S::kChunks;
-    // Where pages are multiples of 16 tokens, all 16 are in one page and a stride apart.
-    const bool one_page = p_.kv.page_size % kWarpTokens == 0;
+    const unsigned to = ring_ + stage * 2 * S::kHalfStage;
+    const bool one_page = p_.kv.page_size % 16 == 0;
     const long long stride = p_.kv.token_stride * int{sizeof(Kv)};
-    const int in_first = __ffs(attended) - 1;  // its offset stands for all where the first token is not attended
-    const long long anchor = __shfl_sync(kAllLanes, own, max(in_first, 0)) - max(in_first, 0) * stride;
 #pragma unroll
-    for (int i = 0; i < kWarpTokens; i += kRowsAtOnce) {
-      const int row = i + first;
-      const bool takes = attended >> row & 1;
-      const long long from = one_page ? anchor + row * stride : __shfl_sync(kAllLanes, own, row);
-      const char* const at = k + (takes ? from + chunk * 16 : 0);
-      const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
-      CopyAsync(place, at, takes);
-      CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
+    for (int half = 0; half < S::kTokens; half += 16) {
+      // Where pages are multiples of 16 tokens, 16 tokens are in one page and a stride apart; any of them tells where.
+      const int known = max(__ffs(attended >> half & 0xffffu) - 1, 0) + half;
+      const long long anchor = one_page ? __shfl_sync(kAllLanes, own, known) - known * stride : 0;
+#pragma unroll
+      for (int i = half; i < half + 16; i += kRowsAtOnce) {
+        const int row = i + lane / S::kChunks;
+        const bool takes = attended >> row & 1;
+        const long long from = one_page ? anchor + row * stride : __shfl_sync(kAllLanes, own, row);
+        const char* const at = k + (takes ? from + chunk * 16 : 0);
+        const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
+        CopyAsync(place, at, takes);
+        CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
+      }
     }
-    position_ += kTile;
+    position_ += S::kTile;
     if (--left_ > 0) LookUp();
   }
 
@@ -221,7 +222,7 @@ class Loader {
   // The page of this lane's token of the next tile; -1 where there is none to look at. It is not used before the next
   // tile is loaded, so nobody waits for it.
   __device__ void LookUp() {
-    const int position = position_ + threadIdx.x % kWarpTokens;
+    const int position = position_ + threadIdx.x % S::kTokens;
     page_ = -1;
     if (position < low_ || position >= high_) return;
     if (page_shift_ >= 0) {
@@ -346,7 +347,7 @@ struct State {
     }
   }
 
-  __device__ static void Scores(unsigned queries, unsigned k, float (&score)[kMTiles][2][4]) {
+  __device__ static void Scores(unsigned queries, unsigned k, float (&score)[kMTiles][S::kTokens / 8][4]) {
     const int lane = threadIdx.x % 32;
     const int matrix = lane / 8;
     const int query_row = matrix % 2 * 8 + lane % 8;
@@ -354,47 +355,69 @@ struct State {
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) score[t][n][e] = 0.0f;
       }
     }
-    const auto multiply = [&](int step, unsigned b0, unsigned b1, unsigned b2, unsigned b3) {
+    // Sixteen dimensions of all tokens: b[i] are tokens 16 i … 16 i + 15.
+    const auto multiply = [&](int step, const auto& b) {
 #pragma unroll
       for (int t = 0; t < kMTiles; ++t) {
         unsigned a[4];
         LoadMatrices(queries + Swizzle<kHeadDim / 8>(t * 16 + query_row, 2 * step + matrix / 2) * 16, a);
-        Multiply(Math{}, score[t][0], a, b0, b1);
-        Multiply(Math{}, score[t][1], a, b2, b3);
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          Multiply(Math{}, score[t][2 * i], a, b[i][0], b[i][1]);
+          Multiply(Math{}, score[t][2 * i + 1], a, b[i][2], b[i][3]);
+        }
       }
     };
-    unsigned b[4];
     if constexpr (sizeof(Kv) == 1) {
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; step += 2) {
-        LoadMatrices(k + Swizzle<S::kChunks>(token, step + matrix % 2) * 16, b);
-        multiply(step, WidenPair(b[0]), WidenPair(b[0] >> 16), WidenPair(b[2]), WidenPair(b[2] >> 16));
-        multiply(step + 1, WidenPair(b[1]), WidenPair(b[1] >> 16), WidenPair(b[3]), WidenPair(b[3] >> 16));
+        unsigned even[S::kTokens / 16][4], odd[S::kTokens / 16][4];
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          unsigned b[4];
+          LoadMatrices(k + Swizzle<S::kChunks>(16 * i + token, step + matrix % 2) * 16, b);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            even[i][2 * j] = WidenPair(b[2 * j]);
+            even[i][2 * j + 1] = WidenPair(b[2 * j] >> 16);
+            odd[i][2 * j] = WidenPair(b[2 * j + 1]);
+            odd[i][2 * j + 1] = WidenPair(b[2 * j + 1] >> 16);
+          }
+        }
+        multiply(step, even);
+        multiply(step + 1, odd);
       }
     } else {
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
-        LoadMatrices(k + Swizzle<S::kChunks>(token, 2 * step + matrix % 2) * 16, b);
-        multiply(step, b[0], b[1], b[2], b[3]);
+        unsigned b[S::kTokens / 16][4];
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          LoadMatrices(k + Swizzle<S::kChunks>(16 * i + token, 2 * step + matrix % 2) * 16, b[i]);
+        }
+        multiply(step, b);
       }
     }
   }
 
   // Scores become weights relative to the top so far, which may rise.
-  __device__ void Soften(float (&score)[kMTiles][2][4]) {
+  __device__ void Soften(float (&score)[kMTiles][S::kTokens / 8][4]) {
     float decay[kMTiles][2];
     bool rises = false;
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float most =
-            fmaxf(fmaxf(score[t][0][2 * h], score[t][0][2 * h + 1]), fmaxf(score[t][1][2 * h], score[t][1][2 * h + 1]));
+        float most = fmaxf(score[t][0][2 * h], score[t][0][2 * h + 1]);
+#pragma unroll
+        for (int n = 1; n < S::kTokens / 8; ++n) {
+          most = fmaxf(most, fmaxf(score[t][n][2 * h], score[t][n][2 * h + 1]));
+        }
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
         most = fmaxf(most, top[t][h]);
@@ -404,7 +427,7 @@ struct State {
         top[t][h] = most;
         float gained = 0.0f;
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             score[t][n][e] = Exp2(score[t][n][e] - safe);
@@ -425,36 +448,42 @@ struct State {
     }
   }
 
-  __device__ void AddValues(const float (&weight)[kMTiles][2][4], unsigned v) {
-    unsigned a[kMTiles][4];
-#pragma unroll
-    for (int t = 0; t < kMTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        a[t][i] = PackPair(Math{}, weight[t][i / 2][i % 2 * 2], weight[t][i / 2][i % 2 * 2 + 1]);
-    }
+  __device__ void AddValues(const float (&weight)[kMTiles][S::kTokens / 8][4], unsigned v) {
     const int lane = threadIdx.x % 32;
     const int matrix = lane / 8;
-    const int token = matrix % 2 * 8 + lane % 8;
-    const auto multiply = [&](int n, unsigned b0, unsigned b1) {
 #pragma unroll
-      for (int t = 0; t < kMTiles; ++t) Multiply(Math{}, sum[t][n], a[t], b0, b1);
-    };
-    unsigned b[4];
+    for (int i = 0; i < S::kTokens / 16; ++i) {
+      unsigned a[kMTiles][4];
 #pragma unroll
-    for (int step = 0; step < S::kChunks / 2; ++step) {
-      LoadTransposed(v + Swizzle<S::kChunks>(token, 2 * step + matrix / 2) * 16, b);
-      if constexpr (sizeof(Kv) == 1) {
-        // A transposed pair is two tokens times two dimensions: the even ones make one column block, the odd the next.
+      for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) b[i] = __byte_perm(b[i], 0, 0x3120);
-        multiply(4 * step, WidenPair(b[0]), WidenPair(b[1]));
-        multiply(4 * step + 1, WidenPair(b[0] >> 16), WidenPair(b[1] >> 16));
-        multiply(4 * step + 2, WidenPair(b[2]), WidenPair(b[3]));
-        multiply(4 * step + 3, WidenPair(b[2] >> 16), WidenPair(b[3] >> 16));
-      } else {
-        multiply(2 * step, b[0], b[1]);
-        multiply(2 * step + 1, b[2], b[3]);
+        for (int j = 0; j < 4; ++j) {
+          const float* const pair = &weight[t][2 * i + j / 2][j % 2 * 2];
+          a[t][j] = PackPair(Math{}, pair[0], pair[1]);
+        }
+      }
+      const auto multiply = [&](int n, unsigned b0, unsigned b1) {
+#pragma unroll
+        for (int t = 0; t < kMTiles; ++t) Multiply(Math{}, sum[t][n], a[t], b0, b1);
+      };
+      const int token = 16 * i + matrix % 2 * 8 + lane % 8;
+      unsigned b[4];
+#pragma unroll
+      for (int step = 0; step < S::kChunks / 2; ++step) {
+        LoadTransposed(v + Swizzle<S::kChunks>(token, 2 * step + matrix / 2) * 16, b);
+        if constexpr (sizeof(Kv) == 1) {
+          // A transposed pair is two tokens times two dimensions: the even ones make one column block, the odd the
+          // next.
+#pragma unroll
+          for (int j = 0; j < 4; ++j) b[j] = __byte_perm(b[j], 0, 0x3120);
+          multiply(4 * step, WidenPair(b[0]), WidenPair(b[1]));
+          multiply(4 * step + 1, WidenPair(b[0] >> 16), WidenPair(b[1] >> 16));
+          multiply(4 * step + 2, WidenPair(b[2]), WidenPair(b[3]));
+          multiply(4 * step + 3, WidenPair(b[2] >> 16), WidenPair(b[3] >> 16));
+        } else {
+          multiply(2 * step, b[0], b[1]);
+          multiply(2 * step + 1, b[2], b[3]);
+        }
       }
     }
   }
@@ -533,14 +562,14 @@ class Block {
       RunItem();
       return;
     }
-    ScanRows(p_, prefix_, small_);
+    ScanRows<S::kTile>(p_, prefix_, small_);
     line_.total = prefix_[p_.rows] * line_.units;
     const int blocks = min(static_cast<int>(gridDim.x), line_.total);
     if (blockIdx.x < blocks) {
       line_.Divide(blocks);
       const int begin = line_.BeginOf(blockIdx.x);
       end_ = line_.BeginOf(blockIdx.x + 1);
-      RunPieces(begin, PieceAt<S::kRows>(p_, line_, begin, end_));
+      RunPieces(begin, PieceAt<S>(p_, line_, begin, end_));
     }
     ClearEmptyRows();
   }
@@ -566,16 +595,16 @@ class Block {
       for (int row = threadIdx.x; row < rows; row += kThreads) p_.partial_lse[ItemPlace(piece, row)] = -CUDART_INF_F;
       return;
     }
-    piece.tile = piece.low / kTile;
-    piece.tiles = (piece.high + kTile - 1) / kTile - piece.tile;
+    piece.tile = piece.low / S::kTile;
+    piece.tiles = (piece.high + S::kTile - 1) / S::kTile - piece.tile;
     end_ = piece.tiles;
     RunPieces(0, piece);
   }
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
   __device__ void LoadNext(int stage) {
-    if (loader_.left() == 0 && ahead_ < end_) {
-      const Piece piece = PieceAt<S::kRows>(p_, line_, ahead_, end_);
+    if (__builtin_expect(loader_.left() == 0 && ahead_ < end_, 0)) {
+      const Piece piece = PieceAt<S>(p_, line_, ahead_, end_);
       ahead_ += piece.tiles;
       loader_.Start(piece);
     }
@@ -608,23 +637,23 @@ class Block {
         WaitAsync<S::kStages - 2>();
         __syncwarp();
         LoadNext(stage == 0 ? S::kStages - 1 : stage - 1);
-        float score[kMTiles][2][4];
+        float score[kMTiles][S::kTokens / 8][4];
         const unsigned k = ring_ + stage * 2 * S::kHalfStage;
         WarpState::Scores(SharedAddress(turn_), k, score);
 #pragma unroll
         for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {
+          for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) score[t][n][e] *= inner[t][e / 2];
           }
         }
-        if (scale.outer != 0.0f) Cap(scale.outer, score);
+        if (__builtin_expect(scale.outer != 0.0f, 0)) Cap(scale.outer, score);
         const unsigned attended = small_.attended[warp_][stage];
-        const int position = piece.tile * kTile + warp_ * kWarpTokens;
-        const bool all = attended == 0xffffu && position + kWarpTokens <= piece.length - p_.q_len + 1 &&
+        const int position = piece.tile * S::kTile + warp_ * S::kTokens;
+        const bool all = attended == S::kAll && position + S::kTokens <= piece.length - p_.q_len + 1 &&
                          (p_.window == 0 || position >= piece.length - p_.window);
-        if (!all) Hide(piece, attended, position, score);
+        if (__builtin_expect(!all, 0)) Hide(piece, attended, position, score);
         state.Soften(score);
         state.AddValues(score, k + S::kHalfStage);
         ++piece.tile;
@@ -632,22 +661,23 @@ class Block {
       }
       Finish(piece, state);
       if (at >= end_) return;
-      piece = PieceAt<S::kRows>(p_, line_, at, end_);
+      piece = PieceAt<S>(p_, line_, at, end_);
     }
   }
 
-  __device__ static void Cap(float outer, float (&score)[kMTiles][2][4]) {
+  __device__ static void Cap(float outer, float (&score)[kMTiles][S::kTokens / 8][4]) {
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) score[t][n][e] = outer * tanhf(score[t][n][e]);
       }
     }
   }
   // The scores of tokens that a query does not see, of the 16 from `position` on.
-  __device__ void Hide(const Piece& piece, unsigned attended, int position, float (&score)[kMTiles][2][4]) const {
+  __device__ void Hide(const Piece& piece, unsigned attended, int position,
+                       float (&score)[kMTiles][S::kTokens / 8][4]) const {
     const int group = p_.q_heads / p_.kv.kv_heads;
     const int window = p_.window == 0 ? 0x7fffffff : p_.window;
 #pragma unroll
@@ -657,7 +687,7 @@ class Block {
         const int query = (piece.first_m + 16 * t + 8 * h + lane_ / 4) / group;
         const int at = piece.length - p_.q_len + query - position;  // the query's own place from here
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             const int token = n * 8 + lane_ % 4 * 2 + e % 2;
@@ -778,12 +808,13 @@ class Block {
         float4 part[kAtOnce];
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          lse[j] = -CUDART_INF_F;
-          if (block + j > last) continue;
-          const long long place = BlockPlace(block + j, block + j == first, row);
+          const int from = min(block + j, last);  // no branch, so that all loads are under way at once
+          const long long place = BlockPlace(from, from == first, row);
           lse[j] = __ldcg(p_.partial_lse + place);
           part[j] = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + place * kHeadDim + dim));
         }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) lse[j] = block + j > last ? -CUDART_INF_F : lse[j];
         float top = total.top;
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, lse[j]);
@@ -793,8 +824,7 @@ class Block {
         sum = Scaled(sum, decay);
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          if (lse[j] == -CUDART_INF_F) continue;
-          const float weight = Exp2(lse[j] - top);
+          const float weight = Exp2(lse[j] - top);  // 0 of a part that attends nothing, and its values are 0 too
           total.mass += weight;
           sum = {fmaf(part[j].x, weight, sum.x), fmaf(part[j].y, weight, sum.y), fmaf(part[j].z, weight, sum.z),
                  fmaf(part[j].w, weight, sum.w)};
@@ -853,8 +883,11 @@ int PrepareMma() {
   constexpr int kMostShared = 227 * 1024;  // of a block of sm_90
   static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <=
                 kMostShared);
-  return cudaFuncSetAttribute(PagedDecodeMma<T, Kv, kHeadDim, kMTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kMostShared);
+  const auto kernel = PagedDecodeMma<T, Kv, kHeadDim, kMTiles>;
+  const int error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
 }
 
 }  // namespace decode_mma
