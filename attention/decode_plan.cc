@@ -182,7 +182,17 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ",
                                                      Rows(config, bucket), " rows, must be at most ", kMaxRows));
     }
-    if (config.scheduler == DecodeScheduler::kDevice) continue;
+    const int32_t packed = config.q_heads / config.kv_heads * config.q_len;
+    const int32_t tile =
+        DecodeTile(static_cast<int32_t>(SizeOf(kv_dtype)), config.head_dim, DecodePassRows(config.head_dim, packed));
+    const int64_t tiles = Rows(config, bucket) * DecodeUnits(config.kv_heads, config.head_dim, packed) *
+                          ((int64_t{config.max_row_tokens} + tile - 1) / tile);
+    if (config.scheduler == DecodeScheduler::kDevice) {
+      if (tiles <= kMaxInt32) continue;
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ", tiles,
+                                                     " tiles of ", tile, " tokens at max_row_tokens ",
+                                                     config.max_row_tokens, ", must be at most ", kMaxInt32));
+    }
     const int64_t values =
         MaxItems64(config, bucket, multiprocessors) * config.q_len * config.q_heads * config.head_dim;
     if (values > kMaxInt32) {
