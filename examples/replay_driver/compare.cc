@@ -17,6 +17,8 @@ void CountMismatch(Comparison& comparison, const std::string& what) {
   if (comparison.mismatches++ == 0) comparison.first = what;
 }
 
+}  // namespace
+
 double OutputElement(const ModelConfig& config, const std::vector<std::byte>& out, size_t index) {
   if (config.dtype == attention::DType::kFloat32) {
     float value;
@@ -27,8 +29,6 @@ double OutputElement(const ModelConfig& config, const std::vector<std::byte>& ou
   std::memcpy(&bits, out.data() + index * sizeof(bits), sizeof(bits));
   return FromBFloat16(bits);
 }
-
-}  // namespace
 
 absl::StatusOr<OutputCopy> OutputCopy::Create(Device& device, const ModelConfig& config) {
   OutputCopy copy;

@@ -49,6 +49,9 @@ class OutputCopy {
   Extent bucket_;
 };
 
+// Element `index` of what a layer of `config` put out.
+double OutputElement(const ModelConfig& config, const std::vector<std::byte>& out, size_t index);
+
 struct Comparison {
   int64_t rows = 0;        // compared
   int64_t mismatches = 0;  // of them

@@ -189,6 +189,7 @@ absl::Status DecodeModel::Body(Stream& stream, const Extent& bucket) {
                                       .dtype = config_.dtype,
                                       .requests = requests_.live.address(),
                                       .positions = metadata_->positions().live.address(),
+                                      .drafts = nullptr,
                                       .q = q_.As<std::byte>().address(),
                                       .k_new = k_new_.As<std::byte>().address(),
                                       .v_new = v_new_.As<std::byte>().address()};

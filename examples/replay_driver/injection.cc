@@ -29,6 +29,7 @@ constexpr InjectionText kTexts[] = {
     {Injection::kDecreasingIndptr, "decreasing-indptr", "kv_indptr falls: replay neutralised"},
     {Injection::kPageOutOfRange, "page-out-of-range", "a page that the pool has not: replay neutralised"},
     {Injection::kUnarmed, "unarmed", "the graph launched without BeforeReplay: neutralised"},
+    {Injection::kMisroute, "misroute", "with --spec: a ragged draft extend sent to the decode kernels: refused"},
     {Injection::kArmedTwice, "armed-twice", "BeforeReplay twice for one launch: neutralised"},
 };
 

@@ -28,6 +28,7 @@ enum class Injection {
   kPageOutOfRange,
   kUnarmed,
   kArmedTwice,
+  kMisroute,  // with --spec
 };
 
 // Names as --inject takes them; the first is "none".

@@ -35,6 +35,11 @@ PRISTINE_HOST_DEVICE constexpr uint64_t RowKey(uint64_t seed, int32_t request, i
   return Combine(Combine(seed, where), what);
 }
 
+// The seed of a token's rows: 0 is the request's own token at its position, anything else one that was guessed there.
+PRISTINE_HOST_DEVICE constexpr uint64_t TokenSeed(uint64_t seed, int32_t draft) {
+  return draft == 0 ? seed : Combine(seed, static_cast<uint64_t>(static_cast<uint32_t>(draft)));
+}
+
 // In [-1, 1): 24 bits, so exact in float.
 PRISTINE_HOST_DEVICE constexpr float Element(uint64_t row_key, int32_t dim) {
   const uint64_t bits = Mix(row_key + static_cast<uint64_t>(dim + 1) * 0x9e3779b97f4a7c15ULL) >> 40;

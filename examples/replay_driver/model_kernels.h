@@ -12,13 +12,14 @@
 
 namespace pristine::replay_driver {
 
-// q, k_new and v_new of one layer for every row of a bucket. Rows of request -1 (padding) are zeros.
+// q, k_new and v_new of one layer for every row (query token) of a bucket. Rows of request -1 (padding) are zeros.
 struct ModelInputsParams {
   uint64_t seed;
   int32_t layer, rows, heads, kv_heads, head_dim;
   attention::DType dtype;
   const int32_t* requests;   // [rows]
   const int32_t* positions;  // [rows]
+  const int32_t* drafts;     // [rows] see TokenSeed; null: all 0
   void* q;                   // [rows, heads, head_dim]
   void* k_new;               // [rows, kv_heads, head_dim]
   void* v_new;               // the same shape

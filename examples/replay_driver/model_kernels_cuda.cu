@@ -10,6 +10,7 @@ __global__ void __launch_bounds__(kThreads) ModelInputs(ModelInputsParams p) {
   const int64_t row = blockIdx.x;
   const int32_t request = p.requests[row];
   const int32_t position = p.positions[row];
+  const uint64_t seed = TokenSeed(p.seed, p.drafts == nullptr ? 0 : p.drafts[row]);
   const int32_t q_elements = p.heads * p.head_dim;
   const int32_t kv_elements = p.kv_heads * p.head_dim;
   for (int32_t i = threadIdx.x; i < q_elements + 2 * kv_elements; i += kThreads) {
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) ModelInputs(ModelInputsParams p) {
     }
     float number = 0.0f;
     if (request >= 0) {
-      number = Element(RowKey(p.seed, request, p.layer, position, element / p.head_dim, tensor), element % p.head_dim);
+      number = Element(RowKey(seed, request, p.layer, position, element / p.head_dim, tensor), element % p.head_dim);
     }
     Store(p.dtype, base, row * row_elements + element, number);
   }

@@ -13,8 +13,9 @@ void WriteRow(attention::DType dtype, void* base, int64_t row, int32_t head_dim,
 int RunModelInputs(const ModelInputsParams& p) {
   for (int64_t row = 0; row < p.rows; ++row) {
     const int32_t request = p.requests[row];
+    const uint64_t seed = TokenSeed(p.seed, p.drafts == nullptr ? 0 : p.drafts[row]);
     const auto key = [&](int32_t head, Tensor tensor) {
-      return RowKey(p.seed, request, p.layer, p.positions[row], head, tensor);
+      return RowKey(seed, request, p.layer, p.positions[row], head, tensor);
     };
     for (int32_t head = 0; head < p.heads; ++head) {
       WriteRow(p.dtype, p.q, row * p.heads + head, p.head_dim, key(head, Tensor::kQuery), request < 0);

@@ -9,6 +9,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "pristine/attention/forward_mode.h"
 #include "pristine/attention/sparse_page_table.h"
 #include "pristine/graph_runtime/status.h"
 
@@ -154,6 +155,18 @@ std::vector<OptionSpec> Specs() {
              &Options::overlap, {{"off", Overlap::kOff}, {"on", Overlap::kOn}, {"both", Overlap::kBoth}}),
       Number("staging-slots", "N", "steps that may wait for the device with their values, 2 to 64 (4)",
              &Options::staging_slots, 2, 64),
+      Number("spec", "T",
+             "speculate: T captured draft steps, target verify of T tokens, 0 to T accepted, draft extend, rollback; "
+             "2 to 16 (off)",
+             &Options::spec, 2, attention::kMaxDecodeQLen),
+      Choice("draft-extend", "ragged|fixed|fixed-decode",
+             "with --spec: accepted tokens only; T + 1 tokens each; the same by the decode kernels (ragged)",
+             &Options::draft_extend,
+             {{"ragged", DraftExtend::kRagged},
+              {"fixed", DraftExtend::kFixed},
+              {"fixed-decode", DraftExtend::kFixedDecode}}),
+      Choice("accept", "random|none|all", "with --spec: how many drafts hold (random)", &Options::accept,
+             {{"random", AcceptRule::kRandom}, {"none", AcceptRule::kNone}, {"all", AcceptRule::kAll}}),
       Choice("inject", "CLASS",
              "one mistake, to see it caught: a node in the graph or a misuse of a call; the classes are below (none)",
              &Options::inject, InjectionChoices()),
@@ -178,6 +191,36 @@ std::vector<OptionSpec> Specs() {
 
 // Query heads that share a KV head: what the decode kernels take.
 constexpr int32_t kMaxHeadGroup = 32;
+
+// What --spec goes with.
+absl::Status CheckSpec(const Options& o) {
+  const auto refuse = [](const std::string& what) { return absl::InvalidArgumentError(what); };
+  if (o.spec == 0) {
+    if (o.draft_extend != DraftExtend::kRagged) return refuse("--draft-extend: expected --spec=T with it");
+    if (o.accept != AcceptRule::kRandom) return refuse("--accept: expected --spec=T with it");
+    if (o.inject == Injection::kMisroute) return refuse("--inject=misroute: expected --spec=T with it");
+    return absl::OkStatus();
+  }
+  if (o.inject != Injection::kNone && o.inject != Injection::kMisroute) {
+    return refuse(absl::StrCat("--inject=", ToString(o.inject), " with --spec: expected none or misroute"));
+  }
+  if (o.inject == Injection::kMisroute && o.draft_extend != DraftExtend::kRagged) {
+    return refuse("--inject=misroute: expected --draft-extend=ragged; a fixed one may take the decode kernels");
+  }
+  if (o.draft_extend == DraftExtend::kFixedDecode && o.spec + 1 > attention::kMaxDecodeQLen) {
+    return refuse(absl::StrCat("--spec=", o.spec, " with --draft-extend=fixed-decode: expected at most ",
+                               attention::kMaxDecodeQLen - 1, ", as the decode kernels take ",
+                               attention::kMaxDecodeQLen, " tokens of a request"));
+  }
+  if (o.plan_from != PlanFrom::kLengths) return refuse("--plan-from=live with --spec: expected lengths");
+  if (o.restore != ManagerOptions::Restore::kGraphHead) {
+    return refuse(absl::StrCat("--restore=", ToString(o.restore), " with --spec: expected graph"));
+  }
+  if (o.overlap != Overlap::kOff) {
+    return refuse("--overlap with --spec: expected off; a round needs to know what the one before accepted");
+  }
+  return absl::OkStatus();
+}
 
 // Sizes within these bounds pass every check of the libraries, those of partial results (at most 2^29 values) included.
 absl::Status CheckTogether(const Options& o) {
@@ -220,7 +263,7 @@ absl::Status CheckTogether(const Options& o) {
     return absl::InvalidArgumentError(absl::StrCat("--kv-tokens=", o.kv_tokens, " in --kv-groups=", o.kv_groups,
                                                    ": expected a product that fits in 31 bits"));
   }
-  return absl::OkStatus();
+  return CheckSpec(o);
 }
 
 }  // namespace
@@ -284,6 +327,18 @@ std::string HelpText() {
 }
 
 const char* ToString(PlanFrom plan_from) { return plan_from == PlanFrom::kLive ? "live" : "lengths"; }
+
+const char* ToString(DraftExtend draft_extend) {
+  switch (draft_extend) {
+    case DraftExtend::kRagged:
+      return "ragged";
+    case DraftExtend::kFixed:
+      return "fixed";
+    case DraftExtend::kFixedDecode:
+      break;
+  }
+  return "fixed-decode";
+}
 
 const char* ToString(ManagerOptions::Restore restore) {
   switch (restore) {

@@ -19,6 +19,9 @@ namespace pristine::replay_driver {
 enum class DeviceChoice { kAuto, kHost, kCuda };
 enum class PlanFrom { kLengths, kLive };
 enum class Overlap { kOff, kOn, kBoth };
+// With --spec: the draft model takes in what was accepted, as many tokens as each request got, or T + 1 for each.
+enum class DraftExtend { kRagged, kFixed, kFixedDecode };
+enum class AcceptRule { kRandom, kNone, kAll };
 
 struct Options {
   DeviceChoice device = DeviceChoice::kAuto;
@@ -44,6 +47,9 @@ struct Options {
   int32_t compare_rows = 64;
   Overlap overlap = Overlap::kOff;
   int32_t staging_slots = ManagerOptions().staging_slots;
+  int32_t spec = 0;  // tokens drafted in a round; 0: no speculation
+  DraftExtend draft_extend = DraftExtend::kRagged;
+  AcceptRule accept = AcceptRule::kRandom;
   Injection inject = Injection::kNone;
   uint64_t seed = 1;
   // Files to write; empty: none.
@@ -66,6 +72,7 @@ absl::StatusOr<Options> ParseOptions(absl::Span<const std::string> args);
 std::string HelpText();
 
 const char* ToString(PlanFrom plan_from);
+const char* ToString(DraftExtend draft_extend);
 const char* ToString(ManagerOptions::Restore restore);
 
 }  // namespace pristine::replay_driver

@@ -17,7 +17,7 @@ Scheduler::Scheduler(absl::Span<const TraceRequest> trace, const SchedulerConfig
 }
 
 int64_t Scheduler::PagesOf(int32_t id) const {
-  const int64_t tokens = int64_t{trace_[id].context} + trace_[id].generated;
+  const int64_t tokens = int64_t{trace_[id].context} + trace_[id].generated + config_.spare;
   return (tokens + config_.page_size - 1) / config_.page_size;
 }
 
@@ -37,10 +37,8 @@ bool Scheduler::NextStep() {
 
 void Scheduler::Leave() {
   const auto leaves = [this](ActiveRequest& request) {
-    if (request.length < request.last) {
-      ++request.length;
-      return false;
-    }
+    request.length += request.advance;
+    if (request.length <= request.last) return false;
     free_.insert(free_.end(), request.pages.begin(), request.pages.end());
     ++finished_;
     return true;

@@ -18,12 +18,14 @@ struct SchedulerConfig {
   int32_t page_size = 1;
   int32_t pool_pages = 0;  // pages 1 … pool_pages are handed out; page 0 is the dummy, which never is
   uint64_t seed = 0;       // of the order in which fresh pages are handed out
+  int32_t spare = 0;       // tokens past its last one that each request's pages have room for
 };
 
 struct ActiveRequest {
   int32_t id = 0;              // index in the trace
   int32_t length = 0;          // tokens in KV once this step's token is appended
   int32_t last = 0;            // its length in its last step
+  int32_t advance = 1;         // tokens that this step adds
   std::vector<int32_t> pages;  // for all the tokens that it will ever have
 };
 
@@ -38,6 +40,9 @@ class Scheduler {
   // Ends the step before (finished requests leave) and begins the next one, passing over steps in which nothing can
   // happen; those count. False: the trace is served, or step_limit reached.
   bool NextStep();
+
+  // What the present step adds to active()[index], instead of one token. `tokens` >= 0, and at most what is left to it.
+  void SetAdvance(size_t index, int32_t tokens) { active_[index].advance = tokens; }
 
   // Of the present step. May be empty: then there is nothing to replay.
   absl::Span<const ActiveRequest> active() const { return active_; }

@@ -20,7 +20,9 @@ std::vector<int32_t> Positions(const TruthModel& model, TruthLayer kind, int32_t
   const auto append = [&positions](int32_t begin, int32_t end) {
     for (int32_t position = begin; position < end; ++position) positions.push_back(position);
   };
-  if (kind == TruthLayer::kWindow) {
+  if (kind == TruthLayer::kFull) {
+    append(0, length);
+  } else if (kind == TruthLayer::kWindow) {
     append(std::max(0, length - model.window), length);
   } else if (length < model.dense_len || length <= model.block * model.topk) {
     append(0, length);
@@ -37,7 +39,11 @@ std::vector<int32_t> Positions(const TruthModel& model, TruthLayer kind, int32_t
 }  // namespace
 
 TruthRow DenseAttention(const TruthModel& model, TruthLayer kind, int32_t request, int32_t layer, int32_t length,
-                        int32_t head) {
+                        int32_t head, const std::vector<int32_t>& drafts) {
+  const auto seed = [&](int32_t position) {
+    const int32_t first = length - static_cast<int32_t>(drafts.size());
+    return replay_driver::TokenSeed(model.seed, position < first ? 0 : drafts[position - first]);
+  };
   const auto element = [&model](uint64_t key, int32_t dim) -> double {
     const float exact = replay_driver::Element(key, dim);
     return model.dtype == attention::DType::kFloat32 ? exact
@@ -48,13 +54,13 @@ TruthRow DenseAttention(const TruthModel& model, TruthLayer kind, int32_t reques
   const double scale = 1.0 / std::sqrt(static_cast<double>(model.head_dim));
 
   std::vector<double> query(model.head_dim);
-  const uint64_t query_key = RowKey(model.seed, request, layer, length - 1, head, Tensor::kQuery);
+  const uint64_t query_key = RowKey(seed(length - 1), request, layer, length - 1, head, Tensor::kQuery);
   for (int32_t dim = 0; dim < model.head_dim; ++dim) query[dim] = element(query_key, dim);
 
   std::vector<double> weights;
   weights.reserve(positions.size());
   for (const int32_t position : positions) {
-    const uint64_t key = RowKey(model.seed, request, layer, position, kv_head, Tensor::kKey);
+    const uint64_t key = RowKey(seed(position), request, layer, position, kv_head, Tensor::kKey);
     double score = 0;
     for (int32_t dim = 0; dim < model.head_dim; ++dim) score += query[dim] * element(key, dim);
     weights.push_back(scale * score);
@@ -67,7 +73,7 @@ TruthRow DenseAttention(const TruthModel& model, TruthLayer kind, int32_t reques
   row.lse = highest / std::log(2.0) + std::log2(sum);
   row.out.assign(model.head_dim, 0.0);
   for (size_t i = 0; i < positions.size(); ++i) {
-    const uint64_t key = RowKey(model.seed, request, layer, positions[i], kv_head, Tensor::kValue);
+    const uint64_t key = RowKey(seed(positions[i]), request, layer, positions[i], kv_head, Tensor::kValue);
     for (int32_t dim = 0; dim < model.head_dim; ++dim) row.out[dim] += weights[i] / sum * element(key, dim);
   }
   return row;

@@ -24,11 +24,12 @@ struct TruthRow {
   double lse = 0;           // base 2
 };
 
-enum class TruthLayer { kSparse, kWindow };
+enum class TruthLayer { kSparse, kWindow, kFull };
 
-// One query head of one request with `length` tokens, whose last one asks.
+// One query head of one request with `length` tokens, whose last one asks. The last drafts.size() of them are what
+// `drafts` says (TokenSeed in kv_hash.h), those before are the request's own.
 TruthRow DenseAttention(const TruthModel& model, TruthLayer kind, int32_t request, int32_t layer, int32_t length,
-                        int32_t head);
+                        int32_t head, const std::vector<int32_t>& drafts = {});
 
 // sqrt(sum (actual - expected)^2 / sum expected^2); NaN if an actual value is.
 double RelativeRms(const std::vector<double>& expected, const std::vector<double>& actual);
