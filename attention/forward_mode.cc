@@ -1,12 +1,13 @@
 #include "pristine/attention/forward_mode.h"
 
-#include <algorithm>
-#include <iterator>
 #include <string>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "attention/kernels/paged_decode.h"
+#include "attention/prefill_variants.h"
+#include "attention/variants.h"
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine::attention {
@@ -15,8 +16,7 @@ namespace {
 constexpr int kMinComputeCapability = 80;  // cp.async and the 16-bit MMAs
 constexpr int kBlackwell = 100;
 constexpr int kBlackwellRuntime = 12080;  // the first CUDA that compiles for it
-constexpr int32_t kMaxGroup = 32;         // query heads per KV head
-constexpr int32_t kHeadDims[] = {64, 128, 256};
+static_assert(kMaxDecodeQLen == kDecodeMaxQueries);
 
 std::string VersionText(int version) { return absl::StrCat(version / 1000, ".", version % 1000 / 10); }
 
@@ -97,25 +97,29 @@ absl::Status CheckDevice(ForwardMode mode, const DeviceCaps& caps) {
   return absl::OkStatus();
 }
 
-absl::Status CheckShape(ForwardMode mode, const RouteConfig& config) {
-  if (config.dtype == DType::kFloat8E4M3) {
-    return Refuse(mode, absl::StrCat("dtype is ", ToString(config.dtype)), "float32, float16 or bfloat16",
-                  "queries in 16 bits over a KV cache in float8_e4m3");
+// What else could run a shape that a family has no kernel for.
+const char* InsteadOf(const RouteConfig& config) {
+  if (config.dtype == DType::kFloat8E4M3) return "queries in 16 bits over a KV cache in float8_e4m3";
+  if (config.kv_dtype != config.dtype && config.kv_dtype != DType::kFloat8E4M3) return "a KV cache in the dtype of q";
+  if (config.head_dim < 256 && config.head_dim != 64 && config.head_dim != 128) {
+    return "heads padded with zeros to the next head_dim of these";
   }
-  const bool narrow = config.kv_dtype == DType::kFloat8E4M3 && config.dtype != DType::kFloat32;
-  if (config.kv_dtype != config.dtype && !narrow) {
-    return Refuse(mode, absl::StrCat("kv_dtype is ", ToString(config.kv_dtype), " with dtype ", ToString(config.dtype)),
-                  "the dtype itself, or float8_e4m3 with float16 and bfloat16", "one of these");
-  }
-  if (config.q_heads / config.kv_heads > kMaxGroup) {
+  return "another of these";
+}
+
+absl::Status CheckShape(ForwardMode mode, KernelFamily family, const RouteConfig& config) {
+  if (config.q_heads / config.kv_heads > kDecodeMaxGroup) {
     return Refuse(mode, absl::StrCat(config.q_heads / config.kv_heads, " query heads per KV head"),
-                  absl::StrCat("at most ", kMaxGroup), "KV heads repeated");
+                  absl::StrCat("at most ", kDecodeMaxGroup), "KV heads repeated");
   }
-  if (std::find(std::begin(kHeadDims), std::end(kHeadDims), config.head_dim) == std::end(kHeadDims)) {
-    return Refuse(mode, absl::StrCat("head_dim is ", config.head_dim), "64, 128 or 256",
-                  "heads padded with zeros to the next of these");
-  }
-  return absl::OkStatus();
+  const bool decode = family == KernelFamily::kDecode;
+  const bool found = decode ? FindDecodeVariant(config.dtype, config.kv_dtype, config.head_dim) != nullptr
+                            : FindPrefillVariant(config.dtype, config.kv_dtype, config.head_dim) != nullptr;
+  if (found) return absl::OkStatus();
+  return Refuse(mode,
+                absl::StrCat("no ", ToString(family), " kernel for ", ToString(config.dtype), " over a KV cache in ",
+                             ToString(config.kv_dtype), " with head_dim ", config.head_dim),
+                absl::StrCat("one of ", decode ? DecodeVariantNames() : PrefillVariantNames()), InsteadOf(config));
 }
 
 }  // namespace
@@ -155,7 +159,7 @@ absl::StatusOr<KernelFamily> Route(ForwardMode mode, const DeviceCaps& caps, con
   PRISTINE_RETURN_IF_ERROR(CheckSizes(mode, config));
   PRISTINE_ASSIGN_OR_RETURN(const KernelFamily family, FamilyOf(mode, config));
   PRISTINE_RETURN_IF_ERROR(CheckDevice(mode, caps));
-  PRISTINE_RETURN_IF_ERROR(CheckShape(mode, config));
+  PRISTINE_RETURN_IF_ERROR(CheckShape(mode, family, config));
   return family;
 }
 

@@ -138,7 +138,7 @@ Comparison CompareSame(const ModelConfig& config, const StepInputs& inputs, cons
       }
     }
   }
-  CompareGdnSame(config, inputs, replayed, eager, comparison);
+  CompareGdnSame(config, inputs.bucket, inputs.extent, replayed, eager, comparison);
   return comparison;
 }
 
@@ -188,7 +188,11 @@ Comparison CompareTruth(const ModelConfig& config, const StepInputs& inputs, con
                                  "), LSE off by ", lse_error, " (at most ", testing::kLseTolerance, ")"));
     }
   }
-  CompareGdnTruth(config, inputs, replayed, rows, draw, comparison);
+  std::vector<GdnQuery> queries;
+  for (size_t row = 0; row < inputs.requests.size(); ++row) {
+    queries.push_back({inputs.requests[row], inputs.lengths[row]});
+  }
+  CompareGdnTruth(config, queries, replayed, rows, draw, comparison);
   return comparison;
 }
 

@@ -204,8 +204,10 @@ absl::Status DecodeModel::FinishPlans(const StepInputs& inputs) {
 absl::Status DecodeModel::Body(Stream& stream, const Extent& bucket) {
   for (int32_t layer = 0; layer < config_.layers; ++layer) {
     for (int32_t i = 0; gdn_ != nullptr && i < kGdnPerAttention; ++i) {
-      PRISTINE_RETURN_IF_ERROR(gdn_->Run(stream, bucket.requests, layer * kGdnPerAttention + i, requests_.live,
-                                         metadata_->positions().live, metadata_->state_slots().live));
+      PRISTINE_RETURN_IF_ERROR(gdn_->Run(stream, bucket.requests, layer * kGdnPerAttention + i,
+                                         {.requests = requests_.live,
+                                          .positions = metadata_->positions().live,
+                                          .slots = metadata_->state_slots().live}));
     }
     const ModelInputsParams params = {.seed = config_.seed,
                                       .layer = layer,

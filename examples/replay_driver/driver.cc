@@ -10,6 +10,7 @@
 #include "examples/replay_driver/html_report.h"
 #include "examples/replay_driver/options.h"
 #include "examples/replay_driver/session.h"
+#include "examples/replay_driver/spec_session.h"
 #include "examples/replay_driver/trace.h"
 #include "pristine/graph_runtime/status.h"
 
@@ -33,6 +34,7 @@ ExitCode ExitCodeOf(const absl::Status& status) {
   }
 }
 
+template <class Session>
 absl::Status Serve(const Options& options, const Environment& environment, const std::vector<TraceRequest>& trace,
                    RunReport& report) {
   Session session(options, environment, report);
@@ -72,7 +74,10 @@ void Run(const Options& options, const Environment& environment, RunReport& repo
     const absl::StatusOr<std::vector<TraceRequest>> trace =
         options.synthetic() ? SyntheticTrace(options.seed, options.step_limit() * options.step_ms * kTicksPerMs)
                             : ReadTrace(options.trace, options.format);
-    if (trace.ok()) return Conclude(Serve(options, environment, *trace, report), report);
+    if (trace.ok()) {
+      const auto serve = options.spec > 0 ? Serve<SpecSession> : Serve<Session>;
+      return Conclude(serve(options, environment, *trace, report), report);
+    }
     report.exit_code = ExitCode::kInput;
     report.exit_reason = std::string(trace.status().message());
   } catch (const std::bad_alloc&) {  // the one thing that containers can say in no other way

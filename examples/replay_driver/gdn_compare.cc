@@ -28,14 +28,14 @@ double Rounded(const ModelConfig& config, double value) {
 // One request's tokens in one layer, as a value head sees them.
 class Tokens {
  public:
-  Tokens(const ModelConfig& config, int32_t request, int32_t layer, int32_t head)
-      : config_(config), request_(request), layer_(layer), head_(head) {
-    const uint64_t weights = Key(0, 0, GdnTensor::kWeight);
+  Tokens(const ModelConfig& config, const GdnQuery& query, int32_t layer, int32_t head)
+      : config_(config), query_(query), layer_(layer), head_(head) {
+    const uint64_t weights = Parameter(GdnTensor::kWeight);
     for (int32_t i = 0; i < config.gdn.dim() * kTaps; ++i) {
       weight_.push_back(Rounded(config, GdnElement(weights, GdnTensor::kWeight, i)));
     }
-    a_log_ = GdnElement(Key(0, 0, GdnTensor::kALog), GdnTensor::kALog, head);
-    dt_bias_ = GdnElement(Key(0, 0, GdnTensor::kDtBias), GdnTensor::kDtBias, head);
+    a_log_ = GdnElement(Parameter(GdnTensor::kALog), GdnTensor::kALog, head);
+    dt_bias_ = GdnElement(Parameter(GdnTensor::kDtBias), GdnTensor::kDtBias, head);
   }
 
   // One head of what the convolution gives at `position`, from channel `first` on. `normalised`: as q and k are.
@@ -43,7 +43,7 @@ class Tokens {
     std::vector<double> y(kDim);
     std::vector<uint64_t> keys;
     for (int32_t tap = 0; tap < kTaps; ++tap) {
-      keys.push_back(Key(request_, position - (kTaps - 1) + tap, GdnTensor::kMixed));
+      keys.push_back(Key(position - (kTaps - 1) + tap, GdnTensor::kMixed));
     }
     double norm = 1e-6;
     for (size_t i = 0; i < kDim; ++i) {
@@ -77,29 +77,33 @@ class Tokens {
   double beta(int32_t position) const { return 1 / (1 + std::exp(-Gate(position, GdnTensor::kB))); }
 
  private:
-  uint64_t Key(int32_t request, int32_t position, GdnTensor tensor) const {
-    return GdnKey(config_.seed, request, layer_, position, tensor);
+  uint64_t Parameter(GdnTensor tensor) const { return GdnKey(config_.seed, 0, layer_, 0, tensor); }
+  uint64_t Key(int32_t position, GdnTensor tensor) const {
+    const int32_t draft = position - (query_.length - static_cast<int32_t>(query_.drafts.size()));
+    const uint64_t seed = draft < 0 ? config_.seed : TokenSeed(config_.seed, query_.drafts[static_cast<size_t>(draft)]);
+    return GdnKey(seed, query_.request, layer_, position, tensor);
   }
   double Gate(int32_t position, GdnTensor tensor) const {
-    return Rounded(config_, GdnElement(Key(request_, position, tensor), tensor, head_));
+    return Rounded(config_, GdnElement(Key(position, tensor), tensor, head_));
   }
 
   const ModelConfig& config_;
-  const int32_t request_, layer_, head_;
+  const GdnQuery& query_;
+  const int32_t layer_, head_;
   std::vector<double> weight_;  // [dim, 4]
   double a_log_ = 0, dt_bias_ = 0;
 };
 
 }  // namespace
 
-GdnTruth TrueGdn(const ModelConfig& config, int32_t request, int32_t layer, int32_t length, int32_t head) {
-  const Tokens tokens(config, request, layer, head);
+GdnTruth TrueGdn(const ModelConfig& config, const GdnQuery& query, int32_t layer, int32_t head) {
+  const Tokens tokens(config, query, layer, head);
   GdnTruth truth = {std::vector<double>(kDim), 0};
-  std::vector<double> w = tokens.q(length - 1);
+  std::vector<double> w = tokens.q(query.length - 1);
   for (double& value : w) value /= std::sqrt(static_cast<double>(kDim));
   double decay = 1;  // of all tokens after `position`
   // What is left out weighs less than 1e-20 of |q| |v|, which neither decay nor k (|k| < 1, beta < 1) can raise again.
-  for (int32_t position = length - 1; position >= 0 && decay > 1e-20; --position) {
+  for (int32_t position = query.length - 1; position >= 0 && decay > 1e-20; --position) {
     const std::vector<double> k = tokens.k(position), v = tokens.v(position);
     const double beta = tokens.beta(position);
     double dot = 0, w_squares = 0, v_squares = 0;
@@ -119,23 +123,22 @@ GdnTruth TrueGdn(const ModelConfig& config, int32_t request, int32_t layer, int3
   return truth;
 }
 
-void CompareGdnSame(const ModelConfig& config, const StepInputs& inputs, const Outputs& replayed, const Outputs& eager,
-                    Comparison& comparison) {
+void CompareGdnSame(const ModelConfig& config, const Extent& bucket, const Extent& extent, const Outputs& replayed,
+                    const Outputs& eager, Comparison& comparison) {
   const size_t row_bytes = static_cast<size_t>(config.gdn.v_dim()) * attention::SizeOf(config.dtype);
   const std::vector<std::byte> zeros(row_bytes);
-  for (int32_t layer = 0; layer < config.gdn.layers; ++layer) {
-    const size_t at = static_cast<size_t>(layer);
-    for (int32_t row = 0; row < inputs.bucket.requests; ++row) {
+  for (size_t layer = 0; layer < replayed.gdn_out.size(); ++layer) {
+    for (int32_t row = 0; row < bucket.tokens; ++row) {
       const size_t offset = static_cast<size_t>(row) * row_bytes;
-      const std::byte* const out = replayed.gdn_out[at].data() + offset;
+      const std::byte* const out = replayed.gdn_out[layer].data() + offset;
       ++comparison.rows;
-      if (std::memcmp(out, eager.gdn_out[at].data() + offset, row_bytes) != 0) {
+      if (std::memcmp(out, eager.gdn_out[layer].data() + offset, row_bytes) != 0) {
         CountMismatch(comparison,
                       absl::StrCat("row ", row, " of GDN layer ", layer,
-                                   " differs from an eager run of the same step in bucket ", inputs.bucket.ToString()));
-      } else if (row >= inputs.extent.requests && std::memcmp(out, zeros.data(), row_bytes) != 0) {
+                                   " differs from an eager run of the same step in bucket ", bucket.ToString()));
+      } else if (row >= extent.tokens && std::memcmp(out, zeros.data(), row_bytes) != 0) {
         CountMismatch(comparison, absl::StrCat("padded row ", row, " of GDN layer ", layer, " is not zeros in bucket ",
-                                               inputs.bucket.ToString()));
+                                               bucket.ToString()));
       }
     }
   }
@@ -144,15 +147,15 @@ void CompareGdnSame(const ModelConfig& config, const StepInputs& inputs, const O
     const size_t layers = static_cast<size_t>(config.gdn.layers);
     CountMismatch(comparison, absl::StrCat("the states of GDN layer ", i % layers, " in slot ", i / layers,
                                            " differ from those that an eager run of the same step leaves in bucket ",
-                                           inputs.bucket.ToString()));
+                                           bucket.ToString()));
   }
 }
 
-void CompareGdnTruth(const ModelConfig& config, const StepInputs& inputs, const Outputs& replayed, int32_t rows,
-                     int64_t draw, Comparison& comparison) {
+void CompareGdnTruth(const ModelConfig& config, absl::Span<const GdnQuery> queries, const Outputs& replayed,
+                     int32_t rows, int64_t draw, Comparison& comparison) {
   const double tolerance = testing::RmsTolerance(config.dtype);
   const int64_t heads = config.gdn.v_heads;
-  const int64_t triples = int64_t{inputs.extent.requests} * config.gdn.layers * heads;
+  const int64_t triples = static_cast<int64_t>(queries.size()) * config.gdn.layers * heads;
   const uint64_t key = Combine(~config.seed, static_cast<uint64_t>(draw));
   int64_t needed = std::min<int64_t>(rows, triples);
   for (int64_t triple = 0; needed > 0; ++triple) {
@@ -162,7 +165,8 @@ void CompareGdnTruth(const ModelConfig& config, const StepInputs& inputs, const 
     const int32_t head = static_cast<int32_t>(triple % heads);
     const int32_t layer = static_cast<int32_t>(triple / heads % config.gdn.layers);
     const size_t row = static_cast<size_t>(triple / heads / config.gdn.layers);
-    const GdnTruth truth = TrueGdn(config, inputs.requests[row], layer, inputs.lengths[row], head);
+    const GdnQuery& query = queries[row];
+    const GdnTruth truth = TrueGdn(config, query, layer, head);
     const size_t first = row * static_cast<size_t>(config.gdn.v_dim()) + static_cast<size_t>(head) * kDim;
     double error = 0, norm = 0;
     for (size_t i = 0; i < kDim; ++i) {
@@ -176,8 +180,8 @@ void CompareGdnTruth(const ModelConfig& config, const StepInputs& inputs, const 
         std::max(comparison.max_rel_rms, std::isfinite(rms) ? rms : std::numeric_limits<double>::infinity());
     if (rms <= tolerance) continue;  // NaN is a mismatch
     CountMismatch(comparison,
-                  absl::StrCat("request ", inputs.requests[row], " of ", inputs.lengths[row], " tokens, GDN layer ",
-                               layer, ", value head ", head, ": relative RMS ", rms, " (at most ", tolerance, ")"));
+                  absl::StrCat("request ", query.request, " of ", query.length, " tokens, GDN layer ", layer,
+                               ", value head ", head, ": relative RMS ", rms, " (at most ", tolerance, ")"));
   }
 }
 

@@ -15,7 +15,9 @@ inline constexpr int32_t kGdnHeadDim = 128;
 struct GdnConfig {
   int32_t layers = 0;  // 0: the model has attention only
   int32_t qk_heads = 1, v_heads = 2;
+  int32_t draft_tokens = 0;  // of a request that a step verifies; 0: steps take one token each
 
+  int32_t step_tokens() const { return draft_tokens == 0 ? 1 : draft_tokens; }  // of a request
   int32_t qk_dim() const { return qk_heads * kGdnHeadDim; }
   int32_t v_dim() const { return v_heads * kGdnHeadDim; }
   int32_t dim() const { return 2 * qk_dim() + v_dim(); }  // channels of the convolution: q, k, v

@@ -12,14 +12,15 @@
 
 namespace pristine::replay_driver {
 
-// The inputs of one layer. Row r is the token of requests[r] at positions[r], zeros where the request is -1; without
-// `requests` that of `request` at `first` + r.
+// The inputs of one layer. Row r is the token of requests[r] at positions[r], zeros where the request is -1, or what
+// drafts[r] says was guessed there (TokenSeed); without `requests` that of `request` at `first` + r.
 struct GdnInputsParams {
   uint64_t seed;
   int32_t layer, rows, dim, v_heads;
   attention::DType dtype;
   const int32_t* requests;   // [rows], or null
   const int32_t* positions;  // [rows]
+  const int32_t* drafts;     // [rows], or null
   int32_t request, first;
   void* mixed;   // [rows, dim]
   void* a;       // [rows, v_heads]
@@ -61,7 +62,8 @@ PRISTINE_HOST_DEVICE inline void WriteGdnInput(const GdnInputsParams& p, int64_t
     element = i - p.dim - (is_b ? p.v_heads : 0);
   }
   float value = 0;
-  if (request >= 0) value = GdnElement(GdnKey(p.seed, request, p.layer, position, tensor), tensor, element);
+  const uint64_t seed = p.drafts == nullptr ? p.seed : TokenSeed(p.seed, p.drafts[row]);
+  if (request >= 0) value = GdnElement(GdnKey(seed, request, p.layer, position, tensor), tensor, element);
   const int64_t to = row * width + element;
   if (p.dtype == attention::DType::kFloat32) {
     static_cast<float*>(base)[to] = value;

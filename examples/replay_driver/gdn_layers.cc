@@ -18,7 +18,9 @@ bool HasPrefill(const ModelConfig& config) { return config.dtype == attention::D
 // Tokens of a context that are taken in at a time.
 int32_t PromptChunk(const ModelConfig& config) { return HasPrefill(config) ? 1024 : 64; }
 // Rows of the tensors that decoding and contexts share.
-int64_t Rows(const ModelConfig& config) { return std::max(config.max_batch(), PromptChunk(config)); }
+int64_t Rows(const ModelConfig& config) {
+  return std::max(config.max_batch() * config.gdn.step_tokens(), PromptChunk(config));
+}
 int64_t ElementBytes(const ModelConfig& config) { return static_cast<int64_t>(attention::SizeOf(config.dtype)); }
 
 // [rows, elements] of the model's dtype.
@@ -50,8 +52,8 @@ absl::StatusOr<std::unique_ptr<GdnLayers>> GdnLayers::Create(Device& device, con
 int64_t GdnLayers::Bytes(const ModelConfig& config) {
   const GdnConfig& gdn = config.gdn;
   const int64_t state = gdn::kStateElements * gdn.v_heads * 4 + int64_t{gdn.dim()} * gdn::kConvHistory * 4;
-  const int64_t rows =
-      (2 * gdn.dim() + gdn.v_dim()) * Rows(config) + int64_t{gdn.layers} * gdn.v_dim() * config.max_batch();
+  const int64_t rows = (2 * gdn.dim() + gdn.v_dim()) * Rows(config) * (gdn.draft_tokens == 0 ? 1 : gdn.layers) +
+                       int64_t{gdn.layers} * gdn.v_dim() * config.max_batch() * gdn.step_tokens();
   // The states of slot 0 are a constant of the manager's, with an original.
   return int64_t{gdn.layers} * (PoolSlots(config) + 2) * state + 4 * rows;
 }
@@ -86,12 +88,15 @@ absl::Status GdnLayers::MakeLayers(Device& device) {
 absl::Status GdnLayers::AllocateTensors(Device& device) {
   const GdnConfig& gdn = config_.gdn;
   const int64_t rows = Rows(config_);
-  PRISTINE_ASSIGN_OR_RETURN(mixed_, Allocate(device, config_, rows, gdn.dim(), "gdn mixed"));
-  PRISTINE_ASSIGN_OR_RETURN(a_, Allocate(device, config_, rows, gdn.v_heads, "gdn a"));
-  PRISTINE_ASSIGN_OR_RETURN(b_, Allocate(device, config_, rows, gdn.v_heads, "gdn b"));
-  PRISTINE_ASSIGN_OR_RETURN(q_, Allocate(device, config_, rows, gdn.qk_dim(), "gdn q"));
-  PRISTINE_ASSIGN_OR_RETURN(k_, Allocate(device, config_, rows, gdn.qk_dim(), "gdn k"));
-  PRISTINE_ASSIGN_OR_RETURN(v_, Allocate(device, config_, rows, gdn.v_dim(), "gdn v"));
+  tensors_.resize(gdn.draft_tokens == 0 ? 1 : static_cast<size_t>(gdn.layers));
+  for (Tensors& t : tensors_) {
+    PRISTINE_ASSIGN_OR_RETURN(t.mixed, Allocate(device, config_, rows, gdn.dim(), "gdn mixed"));
+    PRISTINE_ASSIGN_OR_RETURN(t.a, Allocate(device, config_, rows, gdn.v_heads, "gdn a"));
+    PRISTINE_ASSIGN_OR_RETURN(t.b, Allocate(device, config_, rows, gdn.v_heads, "gdn b"));
+    PRISTINE_ASSIGN_OR_RETURN(t.q, Allocate(device, config_, rows, gdn.qk_dim(), "gdn q"));
+    PRISTINE_ASSIGN_OR_RETURN(t.k, Allocate(device, config_, rows, gdn.qk_dim(), "gdn k"));
+    PRISTINE_ASSIGN_OR_RETURN(t.v, Allocate(device, config_, rows, gdn.v_dim(), "gdn v"));
+  }
   if (prefill_ != nullptr) {
     const size_t gates = static_cast<size_t>(rows) * static_cast<size_t>(gdn.v_heads) * sizeof(float);
     PRISTINE_ASSIGN_OR_RETURN(g_, device.Allocate(gates, "gdn g"));
@@ -99,8 +104,9 @@ absl::Status GdnLayers::AllocateTensors(Device& device) {
     PRISTINE_ASSIGN_OR_RETURN(prompt_out_, Allocate(device, config_, rows, gdn.v_dim(), "gdn prompt out"));
   }
   for (int32_t layer = 0; layer < gdn.layers; ++layer) {
-    PRISTINE_ASSIGN_OR_RETURN(outs_.emplace_back(),
-                              Allocate(device, config_, config_.max_batch(), gdn.v_dim(), "gdn out"));
+    PRISTINE_ASSIGN_OR_RETURN(
+        outs_.emplace_back(),
+        Allocate(device, config_, int64_t{config_.max_batch()} * gdn.step_tokens(), gdn.v_dim(), "gdn out"));
   }
   PRISTINE_ASSIGN_OR_RETURN(prompt_, device.Allocate(3 * sizeof(int32_t), "gdn prompt"));
   const size_t differences = static_cast<size_t>(PoolSlots(config_)) * static_cast<size_t>(gdn.layers);
@@ -157,11 +163,12 @@ absl::Status GdnLayers::FillContext(Stream& stream, const ActiveRequest& request
                                       .dtype = config_.dtype,
                                       .requests = nullptr,
                                       .positions = nullptr,
+                                      .drafts = nullptr,
                                       .request = request.id,
                                       .first = first,
-                                      .mixed = mixed_.As<std::byte>().address(),
-                                      .a = a_.As<std::byte>().address(),
-                                      .b = b_.As<std::byte>().address(),
+                                      .mixed = tensors(layer).mixed.As<std::byte>().address(),
+                                      .a = tensors(layer).a.As<std::byte>().address(),
+                                      .b = tensors(layer).b.As<std::byte>().address(),
                                       .slot = slot,
                                       .prompt = prompt_.As<int32_t>().address()};
       PRISTINE_RETURN_IF_ERROR(Launch(stream, kGdnInputs, params));
@@ -176,7 +183,7 @@ absl::Status GdnLayers::TakeIn(Stream& stream, int32_t layer, int32_t tokens) {
   const DeviceSpan<const int32_t> slot = prompt.Sub(0, 1), cu_seqlens = prompt.Sub(1, 2);
   const gdn::ConvSequences sequence = {.requests = 1, .cu_seqlens = cu_seqlens};
   const gdn::RecurrentInputs inputs = RecurrentInputsOf(layer, slot);
-  gdn::ConvOutputs qkv = QkvOutputs();
+  gdn::ConvOutputs qkv = QkvOutputs(layer);
   if (prefill_ != nullptr) {
     qkv.norm_head_dim = gdn::kHeadDim;
     qkv.gates = inputs.gates;
@@ -200,56 +207,75 @@ absl::Status GdnLayers::TakeIn(Stream& stream, int32_t layer, int32_t tokens) {
 }
 
 gdn::ConvInputs GdnLayers::ConvInputsOf(int32_t layer, DeviceSpan<const int32_t> slots) const {
-  return {.x = {mixed_.As<const std::byte>(), 0},
+  return {.x = {tensors(layer).mixed.As<const std::byte>(), 0},
           .weight = layers_[static_cast<size_t>(layer)].weight.As<const std::byte>(),
           .cache_indices = slots};
 }
 
-gdn::ConvOutputs GdnLayers::QkvOutputs() const {
+gdn::ConvOutputs GdnLayers::QkvOutputs(int32_t layer) const {
   return {.q_dim = config_.gdn.qk_dim(),
           .k_dim = config_.gdn.qk_dim(),
           .v_dim = config_.gdn.v_dim(),
-          .q = q_.As<std::byte>(),
-          .k = k_.As<std::byte>(),
-          .v = v_.As<std::byte>()};
+          .q = tensors(layer).q.As<std::byte>(),
+          .k = tensors(layer).k.As<std::byte>(),
+          .v = tensors(layer).v.As<std::byte>()};
 }
 
 gdn::RecurrentInputs GdnLayers::RecurrentInputsOf(int32_t layer, DeviceSpan<const int32_t> slots) const {
   const Layer& of = layers_[static_cast<size_t>(layer)];
   return {.qk_heads = config_.gdn.qk_heads,
-          .q = {q_.As<const std::byte>(), 0},
-          .k = {k_.As<const std::byte>(), 0},
-          .v = {v_.As<const std::byte>(), 0},
+          .q = {tensors(layer).q.As<const std::byte>(), 0},
+          .k = {tensors(layer).k.As<const std::byte>(), 0},
+          .v = {tensors(layer).v.As<const std::byte>(), 0},
           .gates = {config_.dtype,
                     config_.gdn.v_heads,
-                    {a_.As<const std::byte>(), 0},
-                    {b_.As<const std::byte>(), 0},
+                    {tensors(layer).a.As<const std::byte>(), 0},
+                    {tensors(layer).b.As<const std::byte>(), 0},
                     of.a_log.As<const float>(),
                     of.dt_bias.As<const float>()},
           .cache_indices = slots};
 }
 
-absl::Status GdnLayers::Run(Stream& stream, int32_t rows, int32_t layer, DeviceSpan<const int32_t> requests,
-                            DeviceSpan<const int32_t> positions, DeviceSpan<const int32_t> slots) {
+absl::Status GdnLayers::Run(Stream& stream, int32_t rows, int32_t layer, const Step& step) {
+  const int32_t tokens = config_.gdn.draft_tokens;
   const GdnInputsParams params = {.seed = config_.seed,
                                   .layer = layer,
-                                  .rows = rows,
+                                  .rows = rows * config_.gdn.step_tokens(),
                                   .dim = config_.gdn.dim(),
                                   .v_heads = config_.gdn.v_heads,
                                   .dtype = config_.dtype,
-                                  .requests = requests.address(),
-                                  .positions = positions.address(),
+                                  .requests = step.requests.address(),
+                                  .positions = step.positions.address(),
+                                  .drafts = tokens == 0 ? nullptr : step.drafts.address(),
                                   .request = -1,
                                   .first = 0,
-                                  .mixed = mixed_.As<std::byte>().address(),
-                                  .a = a_.As<std::byte>().address(),
-                                  .b = b_.As<std::byte>().address(),
+                                  .mixed = tensors(layer).mixed.As<std::byte>().address(),
+                                  .a = tensors(layer).a.As<std::byte>().address(),
+                                  .b = tensors(layer).b.As<std::byte>().address(),
                                   .slot = gdn::kNoSlot,
                                   .prompt = nullptr};
   PRISTINE_RETURN_IF_ERROR(Launch(stream, kGdnInputs, params));
+  const gdn::ConvInputs conv = ConvInputsOf(layer, step.slots);
+  const gdn::RecurrentInputs inputs = RecurrentInputsOf(layer, step.slots);
+  if (tokens == 0) {
+    PRISTINE_RETURN_IF_ERROR(gdn::CausalConv1dUpdate(stream, rows, conv, pool_->conv_view(layer), QkvOutputs(layer)));
+    return gdn::Decode(stream, rows, inputs, pool_->view(layer), out(layer));
+  }
   PRISTINE_RETURN_IF_ERROR(
-      gdn::CausalConv1dUpdate(stream, rows, ConvInputsOf(layer, slots), pool_->conv_view(layer), QkvOutputs()));
-  return gdn::Decode(stream, rows, RecurrentInputsOf(layer, slots), pool_->view(layer), out(layer));
+      gdn::CausalConv1dVerify(stream, rows, tokens, conv, pool_->conv_view(layer), QkvOutputs(layer)));
+  return gdn::Verify(stream, rows, tokens, inputs, pool_->view(layer), out(layer));
+}
+
+absl::Status GdnLayers::Commit(Stream& stream, int32_t rows, DeviceSpan<const int32_t> slots,
+                               DeviceSpan<const int32_t> accepted) {
+  const int32_t tokens = config_.gdn.draft_tokens;
+  for (int32_t layer = 0; layer < config_.gdn.layers; ++layer) {
+    PRISTINE_RETURN_IF_ERROR(
+        gdn::Commit(stream, rows, tokens, RecurrentInputsOf(layer, slots), pool_->view(layer), accepted));
+    PRISTINE_RETURN_IF_ERROR(
+        gdn::CausalConv1dCommit(stream, rows, tokens, ConvInputsOf(layer, slots), pool_->conv_view(layer), accepted));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status GdnLayers::TakeStatesOf(Stream& stream, const GdnLayers& other) {

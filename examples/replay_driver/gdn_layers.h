@@ -43,9 +43,18 @@ class GdnLayers {
   absl::Status ReleaseAll();
   int64_t handed_out() const { return handed_out_; }
 
-  // Queues layer `layer` for `rows` rows: the convolution and the delta rule, one token each.
-  absl::Status Run(Stream& stream, int32_t rows, int32_t layer, DeviceSpan<const int32_t> requests,
-                   DeviceSpan<const int32_t> positions, DeviceSpan<const int32_t> slots);
+  // A step's numbers on the device.
+  struct Step {
+    DeviceSpan<const int32_t> requests, positions;  // [tokens]
+    DeviceSpan<const int32_t> drafts = {};          // [tokens]; of a step that verifies
+    DeviceSpan<const int32_t> slots = {};           // [rows]
+  };
+  // Queues layer `layer` for `rows` requests: the convolution and the delta rule. One token each; or all draft tokens,
+  // which leaves the states as they are.
+  absl::Status Run(Stream& stream, int32_t rows, int32_t layer, const Step& step);
+  // After such a Run: takes the first accepted[r] drafts of each request into its states, in all layers.
+  absl::Status Commit(Stream& stream, int32_t rows, DeviceSpan<const int32_t> slots,
+                      DeviceSpan<const int32_t> accepted);
   DeviceSpan<std::byte> out(int32_t layer) const { return outs_[static_cast<size_t>(layer)].As<std::byte>(); }
 
   // Queues a copy of all of `other`'s states.
@@ -59,6 +68,10 @@ class GdnLayers {
     DeviceBuffer weight;          // of the convolution, [dim, 4]
     DeviceBuffer a_log, dt_bias;  // [v_heads]
   };
+  // What goes through a layer. Drafts are kept per layer until they are committed.
+  struct Tensors {
+    DeviceBuffer mixed, a, b, q, k, v;
+  };
   explicit GdnLayers(const ModelConfig& config) : config_(config) {}
   absl::Status MakeLayers(Device& device);
   absl::Status AllocateTensors(Device& device);
@@ -66,14 +79,17 @@ class GdnLayers {
   // Takes `tokens` tokens of the prompt whose inputs were made into the states of its slot.
   absl::Status TakeIn(Stream& stream, int32_t layer, int32_t tokens);
   attention::gdn::ConvInputs ConvInputsOf(int32_t layer, DeviceSpan<const int32_t> slots) const;
-  attention::gdn::ConvOutputs QkvOutputs() const;
+  attention::gdn::ConvOutputs QkvOutputs(int32_t layer) const;
+  const Tensors& tensors(int32_t layer) const {
+    return tensors_[config_.gdn.draft_tokens == 0 ? 0 : static_cast<size_t>(layer)];
+  }
   attention::gdn::RecurrentInputs RecurrentInputsOf(int32_t layer, DeviceSpan<const int32_t> slots) const;
 
   const ModelConfig config_;
   std::unique_ptr<attention::gdn::StatePool> pool_;
   std::vector<Layer> layers_;
-  DeviceBuffer mixed_, a_, b_, q_, k_, v_;            // of the layer that runs
-  std::vector<DeviceBuffer> outs_;                    // per layer, [max batch, v_dim]
+  std::vector<Tensors> tensors_;
+  std::vector<DeviceBuffer> outs_;                    // per layer, [max batch * step_tokens, v_dim]
   std::unique_ptr<attention::gdn::Prefill> prefill_;  // null: not for this dtype, or not on this device
   DeviceBuffer g_, beta_, prompt_out_;                // for it
   DeviceBuffer prompt_;                               // [3] see GdnInputsParams

@@ -283,9 +283,6 @@ absl::Status CheckTogether(const Options& o) {
     return absl::InvalidArgumentError(absl::StrCat("--kv-tokens=", o.kv_tokens, " in --kv-groups=", o.kv_groups,
                                                    ": expected a product that fits in 31 bits"));
   }
-  if (o.spec > 0 && o.model == ModelKind::kHybrid) {
-    return absl::InvalidArgumentError("--spec with --model=hybrid: expected attention");
-  }
   PRISTINE_RETURN_IF_ERROR(CheckSpec(o));
   return CheckHybrid(o);
 }

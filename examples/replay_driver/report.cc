@@ -35,6 +35,28 @@ std::string TimesJson(const std::optional<ServeTimes>& times) {
                       ", \"max_in_flight\": ", times->max_in_flight, ", \"ring_full\": ", times->ring_full, "}");
 }
 
+std::string SpecText(const SpecReport& spec) {
+  const double rounds = static_cast<double>(std::max<int64_t>(spec.drafted, 1)) / spec.draft_tokens;
+  return absl::StrCat(spec.draft_tokens, " drafts, ", spec.draft_extend, " draft extend; ", spec.rounds, " rounds, ",
+                      spec.accepted, " of ", spec.drafted, " drafts accepted, ",
+                      NumberText(static_cast<double>(spec.accepted) / rounds), " each time; ", spec.rolled_back,
+                      " slots rolled back");
+}
+
+std::string SpecJson(const std::optional<SpecReport>& spec) {
+  if (!spec.has_value()) return "null";
+  std::vector<std::string> phases;
+  for (const SpecReport::Phase& phase : spec->phases) {
+    phases.push_back(absl::StrCat("{\"mode\": ", JsonText(phase.mode), ", \"family\": ", JsonText(phase.family),
+                                  ", \"replays\": ", phase.replays, ", \"kernels\": ", ListText(phase.kernels), "}"));
+  }
+  return absl::StrCat("{\"draft_tokens\": ", spec->draft_tokens, ", \"draft_extend\": ", JsonText(spec->draft_extend),
+                      ", \"rounds\": ", spec->rounds, ", \"drafted\": ", spec->drafted,
+                      ", \"accepted\": ", spec->accepted, ", \"rolled_back\": ", spec->rolled_back,
+                      ", \"accepted_counts\": [", absl::StrJoin(spec->accepted_counts, ", "), "], \"phases\": [",
+                      absl::StrJoin(phases, ", "), "]}");
+}
+
 }  // namespace
 
 Percentiles PercentilesOf(std::vector<double> values) {
@@ -83,6 +105,12 @@ std::vector<std::pair<std::string, std::string>> SummaryLines(const RunReport& r
   line("tokens", absl::StrCat(r.tokens));
   line("captures", absl::StrCat(r.captures, " in ", NumberText(r.capture_ms), " ms"));
   line("replays", absl::StrCat(r.replays, " (", absl::StrJoin(buckets, ", "), ")"));
+  if (r.spec.has_value()) {
+    line("speculation", SpecText(*r.spec));
+    for (const SpecReport::Phase& phase : r.spec->phases) {
+      line(phase.mode.c_str(), absl::StrCat(phase.replays, " replays of ", phase.family, " kernels"));
+    }
+  }
   line("bucket changes", absl::StrCat(r.bucket_changes));
   line("us per replay",
        absl::StrCat("p50 ", NumberText(us.p50), ", p99 ", NumberText(us.p99), ", max ", NumberText(us.max)));
@@ -159,6 +187,7 @@ void WriteJson(const RunReport& r, std::ostream& out) {
                                       ", \"host_emulation\": ", r.host_emulation ? "true" : "false", "}"));
   field("overlap", absl::StrCat("{\"staging_slots\": ", r.staging_slots, ", \"off\": ", TimesJson(r.without_overlap),
                                 ", \"on\": ", TimesJson(r.with_overlap), "}"));
+  field("spec", SpecJson(r.spec));
   field("capture_ms", NumberText(r.capture_ms));
   field("exit_code", absl::StrCat(static_cast<int>(r.exit_code)));
   field("exit_reason", JsonText(r.exit_reason));

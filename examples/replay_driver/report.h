@@ -51,6 +51,23 @@ struct ServeTimes {
   double steps_per_second() const { return ms > 0 ? 1000 * static_cast<double>(replays) / ms : 0; }
 };
 
+// What --spec=T came to.
+struct SpecReport {
+  struct Phase {
+    std::string mode, family;          // what Route was asked, and what it answered
+    std::vector<std::string> kernels;  // names of the captured nodes, each once, in order
+    int64_t replays = 0;
+  };
+  int32_t draft_tokens = 0;  // T
+  std::string draft_extend;
+  int64_t rounds = 0;                    // with somebody active
+  int64_t drafted = 0;                   // tokens
+  int64_t accepted = 0;                  // of them
+  int64_t rolled_back = 0;               // KV slots given back, of each layer: those of drafts that were not
+  std::vector<int64_t> accepted_counts;  // [T + 1] how often 0, 1, … T of a request's drafts held
+  std::vector<Phase> phases;
+};
+
 struct RunReport {
   std::vector<std::string> command_line;
   std::string device;
@@ -82,6 +99,7 @@ struct RunReport {
   double max_rel_rms = 0;
   std::vector<double> us_per_replay;
   int32_t staging_slots = 0;
+  std::optional<SpecReport> spec;                           // none: no speculation
   std::optional<ServeTimes> without_overlap, with_overlap;  // none: nothing was served that way
   double capture_ms = 0;
   std::string exit_reason = "ok";

@@ -1,52 +1,18 @@
 #include "examples/replay_driver/session.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <fstream>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "examples/replay_driver/compare.h"
+#include "examples/replay_driver/set_up.h"
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine::replay_driver {
 namespace {
-
-ModelConfig ModelConfigOf(const Options& options) {
-  ModelConfig config;
-  config.seed = options.seed;
-  for (const int32_t bucket : options.buckets) config.buckets.push_back({bucket, bucket});
-  config.layers = options.layers;
-  config.heads = options.heads;
-  config.kv_heads = options.kv_heads;
-  config.head_dim = options.head_dim;
-  config.dtype = options.dtype;
-  config.page_size = options.page_size;
-  config.pool_pages = options.kv_tokens / options.page_size;
-  config.window = options.window;
-  config.sparse.groups = options.kv_groups;
-  config.sparse.block = options.sparse_block;
-  config.sparse.topk = options.topk_blocks;
-  config.sparse.dense_len = options.dense_len;
-  if (options.model == ModelKind::kHybrid) {
-    config.gdn = {kGdnPerAttention * options.layers, options.gdn_qk_heads, options.gdn_v_heads};
-  }
-  return config;
-}
-
-// Bytes that can still be had without swapping; all there are where the system does not say.
-int64_t AvailableMemory() {
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string name, rest; meminfo >> name; std::getline(meminfo, rest)) {
-    int64_t kib = 0;
-    if (name == "MemAvailable:" && meminfo >> kib) return kib * 1024;
-  }
-  return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
-}
 
 // Places for steps in flight. The ring of staging slots bounds them: while all slots hold values that wait for the
 // device one step more runs, and the next one is prepared.
@@ -70,16 +36,11 @@ class Stopwatch {
   const Clock::time_point begin_;
 };
 
-// Host allocations are granted long before the machine runs out: refuse what it cannot have.
-absl::Status CheckHostMemory(const ModelConfig& config, const Options& options, const Device& device) {
+int64_t HostBytes(const ModelConfig& config, const Options& options, const Device& device) {
   const int64_t pool = 2 * int64_t{config.layers} * static_cast<int64_t>(config.pool_bytes());
   const int64_t model = DecodeModel::Bytes(config, options.staging_slots, device.multiprocessors());
   const int64_t steps = StepsInFlight::Bytes(config, PlacesOf(options), options.compare_eager > 0);
-  const int64_t needed = pool + 2 * model + steps;  // the shadow is another one
-  const int64_t present = AvailableMemory();
-  if (needed <= present) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat("the KV pool, page tables and partial results need ", needed >> 20,
-                                                   " MiB; this machine has ", present >> 20, " MiB left"));
+  return pool + 2 * model + steps;  // the shadow is another one
 }
 
 std::string WriterText(const BufferManager& manager, int buffer, int64_t index) {
@@ -94,33 +55,12 @@ Session::~Session() {
   if (stream_ != nullptr) (void)stream_->Synchronize();  // nothing may be in flight when its memory goes
 }
 
-absl::Status Session::OpenDevice(const ModelConfig& config) {
-  if (options_.device != DeviceChoice::kHost) {
-    absl::StatusOr<std::unique_ptr<Device>> cuda = CreateCudaDevice(options_.cuda_ordinal);
-    const bool absent = absl::IsUnavailable(cuda.status()) || absl::IsUnimplemented(cuda.status());
-    if (cuda.ok()) {
-      device_ = *std::move(cuda);
-    } else if (options_.device == DeviceChoice::kCuda || !absent) {
-      return cuda.status();  // a GPU that is there and fails is no reason to run elsewhere
-    } else if (!options_.quiet) {
-      environment_.err << "replay_driver: --device=auto takes the host: " << cuda.status().message() << "\n";
-    }
-  }
-  if (device_ == nullptr) {
-    HostOptions host;
-    host.run = environment_.host_run;
-    host.enforce_accesses = environment_.enforce_accesses || options_.check == ManagerOptions::Check::kAlways;
-    PRISTINE_ASSIGN_OR_RETURN(device_, CreateHostDevice(host));
-    PRISTINE_RETURN_IF_ERROR(CheckHostMemory(config, options_, *device_));
-  }
-  report_.device = device_->name();
-  report_.host_emulation = device_->backend() == Backend::kHost;
-  return absl::OkStatus();
-}
-
 absl::Status Session::SetUp() {
   const ModelConfig config = ModelConfigOf(options_);
-  PRISTINE_RETURN_IF_ERROR(OpenDevice(config));
+  PRISTINE_ASSIGN_OR_RETURN(device_, OpenDevice(options_, environment_));
+  PRISTINE_RETURN_IF_ERROR(CheckHostMemory(*device_, HostBytes(config, options_, *device_)));
+  report_.device = device_->name();
+  report_.host_emulation = device_->backend() == Backend::kHost;
   PRISTINE_ASSIGN_OR_RETURN(stream_, device_->CreateStream());
   PRISTINE_ASSIGN_OR_RETURN(KvPool pool, KvPool::Create(*device_, *stream_, config));
   pool_ = std::make_unique<KvPool>(std::move(pool));

@@ -47,7 +47,6 @@ class Session {
   void KeepFlightRecords();
 
  private:
-  absl::Status OpenDevice(const ModelConfig& config);
   absl::Status ServeOnce(absl::Span<const TraceRequest> trace, bool overlap);
   // Prepares and launches a step. Without overlap it is retired too.
   absl::Status RunStep(int64_t step, absl::Span<const ActiveRequest> active);

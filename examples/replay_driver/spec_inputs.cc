@@ -11,7 +11,8 @@ int32_t DrawAccepted(const SpecConfig& config, int32_t request, int32_t round, i
   if (config.accept == AcceptRule::kAll) accepted = config.draft_tokens;
   if (config.accept == AcceptRule::kRandom) {
     const uint64_t where = (static_cast<uint64_t>(static_cast<uint32_t>(request)) << 32) | static_cast<uint32_t>(round);
-    accepted = static_cast<int32_t>(Combine(~config.model.seed, where) % static_cast<uint64_t>(config.draft_tokens + 1));
+    accepted =
+        static_cast<int32_t>(Combine(~config.model.seed, where) % static_cast<uint64_t>(config.draft_tokens + 1));
   }
   return std::min(accepted, left);
 }
@@ -34,7 +35,7 @@ void SpecInputs::Set(const SpecConfig& config, SpecPhase of_phase, int32_t of_st
   draft_step = of_step;
   rows.assign(of_rows.begin(), of_rows.end());
   for (std::vector<int32_t>* values : {&lengths, &kv_indptr, &kv_indices, &qo_indptr, &slots, &positions,
-                                       &token_requests, &drafts, &rejected}) {
+                                       &token_requests, &drafts, &state_slots, &accepted, &rejected}) {
     values->clear();
   }
   kv_indptr.push_back(0);
@@ -49,6 +50,8 @@ void SpecInputs::Set(const SpecConfig& config, SpecPhase of_phase, int32_t of_st
     kv_indices.insert(kv_indices.end(), row.pages.begin(), row.pages.begin() + (length - 1) / page_size + 1);
     kv_indptr.push_back(static_cast<int32_t>(kv_indices.size()));
     qo_indptr.push_back(qo_indptr.back() + queries.count);
+    state_slots.push_back(row.state_slot);
+    accepted.push_back(phase == SpecPhase::kDraftExtend ? row.accepted : 0);
     for (int32_t position = queries.first; position < length; ++position) {
       slots.push_back(slot(position));
       positions.push_back(position);

@@ -16,6 +16,7 @@ struct SpecRow {
   int32_t committed = 0;            // > 0; tokens in KV before the round
   int32_t accepted = 0;             // of the T drafts, those that hold
   int32_t round = 0;                // > 0
+  int32_t state_slot = -1;          // of a hybrid model
   absl::Span<const int32_t> pages;  // for committed + T tokens at least
 };
 
@@ -46,6 +47,8 @@ struct SpecInputs {
   std::vector<int32_t> positions;       // [tokens]
   std::vector<int32_t> token_requests;  // [tokens] ids
   std::vector<int32_t> drafts;          // [tokens] see TokenSeed
+  std::vector<int32_t> state_slots;     // [requests]
+  std::vector<int32_t> accepted;        // [requests] drafts that the states take in: those of a draft extend
   std::vector<int32_t> rejected;        // [T * requests] slots that this step gives back; -1: none
 
   // All but `bucket`. Keeps the vectors' memory.

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "attention/prefill_variants.h"
+#include "attention/variants.h"
 #include "tests/support/status_matchers.h"
 
 namespace pristine::testing {
@@ -148,15 +150,18 @@ TEST(Route, ShapesWithoutAKernelAreRefusedWithThoseThatHaveOne) {
     RouteConfig config = Llama(1);
     config.head_dim = 96;
     ExpectRefused(Route(ForwardMode::kDecode, caps, config), absl::StatusCode::kUnimplemented,
-                  {"head_dim is 96", "needs 64, 128 or 256"});
+                  {"no decode kernel for bfloat16 over a KV cache in bfloat16 with head_dim 96",
+                   "bfloat16 with head_dim 128", "instead: heads padded with zeros"});
+    EXPECT_EQ(Route(ForwardMode::kExtend, caps, config).status().code(), absl::StatusCode::kUnimplemented);
     config = Llama(1);
     config.dtype = config.kv_dtype = DType::kFloat8E4M3;
     ExpectRefused(Route(ForwardMode::kDecode, caps, config), absl::StatusCode::kUnimplemented,
-                  {"dtype is float8_e4m3", "queries in 16 bits"});
+                  {"no decode kernel for float8_e4m3", "instead: queries in 16 bits"});
     config = Llama(0);
     config.kv_dtype = DType::kFloat16;
-    ExpectRefused(Route(ForwardMode::kDraftExtend, caps, config), absl::StatusCode::kUnimplemented,
-                  {"kv_dtype is float16 with dtype bfloat16"});
+    ExpectRefused(
+        Route(ForwardMode::kDraftExtend, caps, config), absl::StatusCode::kUnimplemented,
+        {"no context kernel for bfloat16 over a KV cache in float16", "instead: a KV cache in the dtype of q"});
     config = Llama(1);
     config.q_heads = 33 * 8;
     ExpectRefused(Route(ForwardMode::kDecode, caps, config), absl::StatusCode::kUnimplemented,
@@ -170,6 +175,26 @@ TEST(Route, ShapesWithoutAKernelAreRefusedWithThoseThatHaveOne) {
     ExpectRefused(Route(ForwardMode::kDecode, caps, config), absl::StatusCode::kInvalidArgument,
                   {"q_heads is 32, must be a multiple of kv_heads 5"});
   }
+}
+
+// Every compiled variant is routed to, and nothing else is.
+TEST(Route, TakesWhatThereAreKernelsFor) {
+  constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat8E4M3};
+  size_t decode = 0, context = 0;
+  for (const DType dtype : kDTypes) {
+    for (const DType kv_dtype : kDTypes) {
+      for (const int32_t head_dim : {32, 64, 80, 96, 128, 192, 256, 512}) {
+        RouteConfig config = Llama(1);
+        config.dtype = dtype;
+        config.kv_dtype = kv_dtype;
+        config.head_dim = head_dim;
+        decode += Route(ForwardMode::kDecode, kH200, config).ok();
+        context += Route(ForwardMode::kExtend, kH200, config).ok();
+      }
+    }
+  }
+  EXPECT_EQ(decode, attention::DecodeVariants().size());
+  EXPECT_EQ(context, attention::PrefillVariants().size());
 }
 
 TEST(Route, NamesOfModesAndFamilies) {

@@ -73,6 +73,14 @@ TEST_P(Hybrid, InBFloat16WithOtherHeadsToo) {
 // The slot of a request that is done goes to the next one while steps of the first are still waiting.
 TEST_P(Hybrid, StepsInFlightKeepTheirStates) { ExpectClean(Serve({"--compare-eager=2", "--overlap=on"})); }
 
+// Drafts are verified and leave the states alone; those that hold are committed.
+TEST_P(Hybrid, SpeculationToo) {
+  for (const char* extend : {"--draft-extend=ragged", "--draft-extend=fixed"}) {
+    ExpectClean(Serve({"--spec=3", "--compare-eager=1", "--check=always", extend}));
+  }
+  ExpectClean(Serve({"--spec=2", "--compare-eager=2", "--dtype=bfloat16", "--accept=all"}));
+}
+
 TEST_P(Hybrid, ASecondRoundStartsFromNothing) {
   const DriverResult result = Serve({"--compare-eager=3", "--steps=12", "--repeat=2"});  // the first is cut short
   EXPECT_EQ(result.code, ExitCode::kOk) << result.err;
@@ -136,7 +144,7 @@ TEST(HybridCuda, EveryStepIsTrueAndEqualsAnEagerRun) {
 TEST(TrueGdnTest, IsTheRecurrenceOverConvolvedInputs) {
   ModelConfig config;
   config.seed = 9;
-  config.gdn = {3, 2, 4};
+  config.gdn = {.layers = 3, .qk_heads = 2, .v_heads = 4};
   const GdnConfig& gdn = config.gdn;
   constexpr int32_t kRequest = 5, kLayer = 2, kLength = 40;
   std::vector<std::vector<double>> convolved;
@@ -165,7 +173,7 @@ TEST(TrueGdnTest, IsTheRecurrenceOverConvolvedInputs) {
                number(GdnTensor::kALog, 0, 0, head), number(GdnTensor::kDtBias, 0, 0, head)},
               state, out.data());
       if (t % 13 != 0) continue;
-      EXPECT_LT(RelativeRms(out, TrueGdn(config, kRequest, kLayer, t + 1, head).out), 1e-12) << "token " << t;
+      EXPECT_LT(RelativeRms(out, TrueGdn(config, {kRequest, t + 1}, kLayer, head).out), 1e-12) << "token " << t;
     }
   }
 }

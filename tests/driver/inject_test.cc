@@ -206,7 +206,7 @@ TYPED_TEST(InjectTest, APlanThatIsOneTokenShortDisagreesWithTheConversion) {
 TEST(Inject, EveryClassIsInTheHelp) {
   std::ostringstream out, err;
   EXPECT_EQ(replay_driver::RunDriver({"--help"}, {.out = out, .err = err}), ExitCode::kOk);
-  EXPECT_EQ(replay_driver::InjectionChoices().size(), 16u) << "a new class needs a test here";
+  EXPECT_EQ(replay_driver::InjectionChoices().size(), 17u) << "a new class needs a test here";
   for (const auto& [name, injection] : replay_driver::InjectionChoices()) {
     EXPECT_EQ(std::string(replay_driver::ToString(injection)), name);
     if (injection == replay_driver::Injection::kNone) continue;

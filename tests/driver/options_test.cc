@@ -109,6 +109,19 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--trace=requests.json"}, "the extension names no format; expected .csv or .jsonl, or --format"},
         BadCase{{"--format=jsonl"}, "--format=jsonl: expected one of azure-csv, mooncake-jsonl"},
         BadCase{{"--report="}, "--report=: expected FILE.json"},
+        BadCase{{"--spec=1"}, "--spec=1: expected an integer in [2, 16]"},
+        BadCase{{"--spec=17"}, "--spec=17: expected an integer in [2, 16]"},
+        BadCase{{"--spec=4", "--draft-extend=uniform"}, "expected one of ragged, fixed, fixed-decode"},
+        BadCase{{"--spec=16", "--draft-extend=fixed-decode"}, "expected at most 15, as the decode kernels take 16"},
+        BadCase{{"--spec=4", "--accept=some"}, "--accept=some: expected one of random, none, all"},
+        BadCase{{"--spec=4", "--overlap=on"}, "--overlap with --spec: expected off"},
+        BadCase{{"--spec=4", "--plan-from=live"}, "--plan-from=live with --spec: expected lengths"},
+        BadCase{{"--spec=4", "--restore=off"}, "--restore=off with --spec: expected graph"},
+        BadCase{{"--spec=4", "--inject=stale-plan"}, "--inject=stale-plan with --spec: expected none or misroute"},
+        BadCase{{"--spec=4", "--inject=misroute", "--draft-extend=fixed"}, "expected --draft-extend=ragged"},
+        BadCase{{"--inject=misroute"}, "--inject=misroute: expected --spec=T with it"},
+        BadCase{{"--draft-extend=fixed"}, "--draft-extend: expected --spec=T with it"},
+        BadCase{{"--accept=all"}, "--accept: expected --spec=T with it"},
         BadCase{{"--compare-eager=-1"}, "--compare-eager=-1: expected an integer in [0,"}));
 
 }  // namespace

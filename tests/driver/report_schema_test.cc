@@ -39,6 +39,8 @@ TEST_F(ReportSchema, HoldsForEveryKindOfOutcome) {
     std::vector<std::string> args;
   } runs[] = {
       {ExitCode::kOk, small},
+      {ExitCode::kOk, small + std::vector<std::string>{"--spec=4", "--steps=5"}},
+      {ExitCode::kViolation, small + std::vector<std::string>{"--spec=2", "--inject=misroute", "--compare-eager=0"}},
       {ExitCode::kInput, {"--trace=/nowhere/t.jsonl"}},
       {ExitCode::kViolation, small + std::vector<std::string>{"--plan-from=live", "--restore=graph"}},
       {ExitCode::kViolation, small + std::vector<std::string>{"--inject=write-constant"}},
