@@ -31,6 +31,10 @@ absl::Status Validate(const StepMetadataConfig& config) {
     return absl::InvalidArgumentError(absl::StrCat(config.name, ": dummy_page is ", config.dummy_page,
                                                    ", must be in [0, num_pages = ", config.num_pages, ")"));
   }
+  if (config.state_slots < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(config.name, ": state_slots is ", config.state_slots, ", must be at least 0 (0: none)"));
+  }
   if (int64_t{config.num_pages} * config.page_size > kMaxInt32) {
     return absl::InvalidArgumentError(absl::StrCat(config.name, ": num_pages * page_size is ",
                                                    int64_t{config.num_pages} * config.page_size,
@@ -110,6 +114,29 @@ absl::StatusOr<std::unique_ptr<StepMetadata>> StepMetadata::Create(BufferManager
                                 .axis = Axis::Tokens(),
                                 .limit = config.max_length},
                                positions));
+  if (config.ragged) {
+    // Evenly spaced: the last of max_requests ends at max_tokens.
+    std::vector<int32_t> qo_indptr(config.max_requests + 1);
+    for (int32_t i = 0; i <= config.max_requests; ++i) {
+      qo_indptr[i] = static_cast<int32_t>(int64_t{config.max_tokens} * i / config.max_requests);
+    }
+    PRISTINE_RETURN_IF_ERROR(add(metadata->qo_indptr_,
+                                 {.name = config.name + ".qo_indptr",
+                                  .role = Role::kRefilled,
+                                  .kind = Kind::kIndptr,
+                                  .axis = Axis::RequestsPlusOne(),
+                                  .limit = config.max_tokens},
+                                 qo_indptr));
+  }
+  if (config.state_slots > 0) {
+    PRISTINE_RETURN_IF_ERROR(add(metadata->state_slots_,
+                                 {.name = config.name + ".state_slots",
+                                  .role = Role::kRefilled,
+                                  .kind = Kind::kSlot,
+                                  .axis = Axis::Requests(),
+                                  .limit = config.state_slots},
+                                 std::vector<int32_t>(config.max_requests, -1)));
+  }
   registration.Keep();
   return metadata;
 }
@@ -121,11 +148,26 @@ absl::Status StepMetadata::Refill(const StepValues& values) {
                                      "the last value of kv_indptr"));
   PRISTINE_RETURN_IF_ERROR(CheckSize(config_, "positions", values.positions.size(),
                                      static_cast<int64_t>(values.slots.size()), "as many as slots"));
+  PRISTINE_RETURN_IF_ERROR(CheckSize(config_, "qo_indptr", values.qo_indptr.size(),
+                                     config_.ragged ? static_cast<int64_t>(values.lengths.size()) + 1 : 0,
+                                     config_.ragged ? "one more than lengths" : "config.ragged is false"));
+  if (config_.ragged && values.qo_indptr.back() != static_cast<int64_t>(values.slots.size())) {
+    return absl::InvalidArgumentError(absl::StrCat(config_.name, ".qo_indptr ends at ", values.qo_indptr.back(),
+                                                   ", must end at the number of slots, ", values.slots.size()));
+  }
+  const bool stateful = config_.state_slots > 0;
+  PRISTINE_RETURN_IF_ERROR(CheckSize(config_, "state_slots", values.state_slots.size(),
+                                     stateful ? static_cast<int64_t>(values.lengths.size()) : 0,
+                                     stateful ? "as many as lengths" : "config.state_slots is 0"));
   PRISTINE_RETURN_IF_ERROR(manager_.Refill(lengths_, values.lengths));
   PRISTINE_RETURN_IF_ERROR(manager_.Refill(kv_indptr_, values.kv_indptr));
   PRISTINE_RETURN_IF_ERROR(manager_.Refill(kv_indices_, values.kv_indices));
   PRISTINE_RETURN_IF_ERROR(manager_.Refill(slots_, values.slots));
-  return manager_.Refill(positions_, values.positions);
+  PRISTINE_RETURN_IF_ERROR(manager_.Refill(positions_, values.positions));
+  if (config_.ragged) {
+    PRISTINE_RETURN_IF_ERROR(manager_.Refill(qo_indptr_, values.qo_indptr));
+  }
+  return stateful ? manager_.Refill(state_slots_, values.state_slots) : absl::OkStatus();
 }
 
 }  // namespace pristine::attention

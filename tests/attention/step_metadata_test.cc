@@ -96,6 +96,59 @@ TYPED_TEST(StepMetadataTest, SizesThatDoNotBelongTogetherAreRefused) {
   EXPECT_OK(this->metadata_->Refill(good));
 }
 
+TYPED_TEST(StepMetadataTest, RaggedStepsAndStateSlotsAreRegisteredOnRequest) {
+  StepMetadataConfig config = Config();
+  config.max_tokens = 10;
+  config.ragged = true;
+  config.state_slots = 7;
+  ASSERT_OK_AND_ASSIGN(this->metadata_, StepMetadata::Create(*this->manager_, config));
+  ASSERT_OK(this->manager_->Seal());
+  ASSERT_OK(this->manager_->RestoreAll(*this->stream_, {4, 10}));
+  EXPECT_EQ(this->Read(this->metadata_->qo_indptr()), (Values{0, 2, 5, 7, 10}));
+  EXPECT_EQ(this->Read(this->metadata_->state_slots()), Values(4, -1));
+
+  ASSERT_OK(this->manager_->BeginStep({4, 10}, {2, 4}));
+  const Values lengths = {33, 16}, indptr = {0, 3, 4}, pages = {5, 6, 7, 8}, four = {-1, -1, -1, -1}, qo = {0, 3, 4},
+               state_slots = {6, 1}, three = {0, 1, 2}, short_qo = {0, 1, 3}, none;
+  const StepValues good = {.lengths = lengths,
+                           .kv_indptr = indptr,
+                           .kv_indices = pages,
+                           .slots = four,
+                           .positions = lengths,
+                           .qo_indptr = qo,
+                           .state_slots = state_slots};
+  const auto refused = [&](auto change, const char* part) {
+    StepValues values = good;
+    values.positions = four;
+    change(values);
+    EXPECT_STATUS(this->metadata_->Refill(values), kInvalidArgument, part);
+  };
+  refused([&](StepValues& v) { v.qo_indptr = none; }, "step.qo_indptr has 0 values, must have 3");
+  refused([&](StepValues& v) { v.qo_indptr = short_qo; },
+          "step.qo_indptr ends at 3, must end at the number of slots, 4");
+  refused([&](StepValues& v) { v.state_slots = three; }, "step.state_slots has 3 values, must have 2");
+  StepValues values = good;
+  const Values positions = {30, 31, 32, 15};
+  values.positions = positions;
+  ASSERT_OK(this->metadata_->Refill(values));
+  ASSERT_OK(this->manager_->BeforeReplay(*this->stream_, {4, 10}, {2, 4}));
+  ASSERT_OK(this->manager_->RecordPrologue(*this->stream_, {4, 10}));
+  EXPECT_EQ(this->Read(this->metadata_->qo_indptr()), (Values{0, 3, 4, 4, 4}));
+  EXPECT_EQ(this->Read(this->metadata_->state_slots()), (Values{6, 1, -1, -1}));
+}
+
+TYPED_TEST(StepMetadataTest, ValuesThatWereNotAskedForAreRefused) {
+  this->Create();
+  ASSERT_OK(this->manager_->BeginStep({4, 4}, {2, 2}));
+  const Values two = {1, 1}, three = {0, 1, 2};
+  StepValues values = {.lengths = two, .kv_indptr = three, .kv_indices = two, .slots = two, .positions = two};
+  values.qo_indptr = three;
+  EXPECT_STATUS(this->metadata_->Refill(values), kInvalidArgument, "config.ragged is false");
+  values.qo_indptr = {};
+  values.state_slots = two;
+  EXPECT_STATUS(this->metadata_->Refill(values), kInvalidArgument, "config.state_slots is 0");
+}
+
 TYPED_TEST(StepMetadataTest, RefillNeedsAnOpenStep) {
   this->Create();
   const Values one = {1}, indptr = {0, 1};
@@ -119,6 +172,7 @@ TYPED_TEST(StepMetadataTest, WrongConfigurationsAreRefusedByName) {
   refused([](auto& c) { c.max_step_pages = 11; }, "needs 12");
   refused([](auto& c) { c.worst_length = 0; }, "needs 28");  // max_length then
   refused([](auto& c) { c.dummy_page = 10; }, "dummy_page is 10");
+  refused([](auto& c) { c.state_slots = -1; }, "state_slots is -1");
   refused([](auto& c) { c.num_pages = 1 << 28; }, "slots");
 }
 

@@ -1,4 +1,4 @@
-// StepMetadata: the arrays that every layer of a decode step reads, registered once and refilled once per step.
+// StepMetadata: the arrays that every layer of a step reads, registered once and refilled once per step.
 #ifndef PRISTINE_ATTENTION_STEP_METADATA_H_
 #define PRISTINE_ATTENTION_STEP_METADATA_H_
 
@@ -23,6 +23,8 @@ struct StepMetadataConfig {
   int32_t max_length = 0;      // tokens of one request, KV included
   int32_t worst_length = 0;    // what captures and warm-ups see as the length of every request; 0: max_length
   int32_t dummy_page = 0;      // padding and originals point here: kept finite, never handed out
+  bool ragged = false;         // registers qo_indptr: requests with different numbers of query tokens
+  int32_t state_slots = 0;     // slots of a state pool (gdn::StatePool), the reserved one included; 0: no state_slots
 };
 
 // The real part of one step; host memory, read during the call only.
@@ -32,6 +34,8 @@ struct StepValues {
   absl::Span<const int32_t> kv_indices;  // [kv_indptr[requests]] page numbers
   absl::Span<const int32_t> slots;      // [tokens] where each token is appended: page * page_size + offset; -1: nowhere
   absl::Span<const int32_t> positions;  // [tokens] in [0, max_length)
+  absl::Span<const int32_t> qo_indptr = {};    // [requests + 1] in tokens; only, and always, where config.ragged
+  absl::Span<const int32_t> state_slots = {};  // [requests]; only, and always, where config.state_slots > 0
 };
 
 // Originals (what captures and warm-ups see): lengths worst_length, kv_indptr evenly spaced, kv_indices the dummy page,
@@ -42,8 +46,8 @@ class StepMetadata {
   // than max_step_pages; codes of BufferManager::Register.
   static absl::StatusOr<std::unique_ptr<StepMetadata>> Create(BufferManager& manager, const StepMetadataConfig& config);
 
-  // Refills all five in the manager's open step. Does not allocate or block. INVALID_ARGUMENT: sizes that do not belong
-  // together (name, size, what was expected); codes of BufferManager::Refill.
+  // Refills all of them in the manager's open step. Does not allocate or block. INVALID_ARGUMENT: sizes that do not
+  // belong together (name, size, what was expected); codes of BufferManager::Refill.
   absl::Status Refill(const StepValues& values);
 
   const StepMetadataConfig& config() const { return config_; }
@@ -52,12 +56,15 @@ class StepMetadata {
   const Buffer<int32_t>& kv_indices() const { return kv_indices_; }  // [max_step_pages]
   const Buffer<int32_t>& slots() const { return slots_; }            // [max_tokens]
   const Buffer<int32_t>& positions() const { return positions_; }    // [max_tokens]
+  // Both have no memory where config() does not ask for them.
+  const Buffer<int32_t>& qo_indptr() const { return qo_indptr_; }      // [max_requests + 1], tokens
+  const Buffer<int32_t>& state_slots() const { return state_slots_; }  // [max_requests]
 
  private:
   StepMetadata(BufferManager& manager, const StepMetadataConfig& config) : manager_(manager), config_(config) {}
   BufferManager& manager_;
   const StepMetadataConfig config_;
-  Buffer<int32_t> lengths_, kv_indptr_, kv_indices_, slots_, positions_;
+  Buffer<int32_t> lengths_, kv_indptr_, kv_indices_, slots_, positions_, qo_indptr_, state_slots_;
 };
 
 }  // namespace pristine::attention
