@@ -101,14 +101,7 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
     return absl::InvalidArgumentError(
         absl::StrCat(kOp, ": the stream is of device ", stream.device().name(), ", the workspace of ", device_.name()));
   }
-  PRISTINE_RETURN_IF_ERROR(CheckDType(kOp, "states", states.dtype));
-  const int64_t vector = kAlignment / static_cast<int64_t>(SizeOf(states.dtype));
-  if (states.v_heads != v_heads || states.slots < 1 || states.slot_stride < v_heads * kStateElements ||
-      states.slot_stride % vector != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(kOp, ": the pool has ", states.slots, " slots of ", states.v_heads,
-                                                   " heads, ", states.slot_stride, " elements apart; needs ", v_heads,
-                                                   " heads and a multiple of ", vector));
-  }
+  PRISTINE_RETURN_IF_ERROR(CheckStates(kOp, "states", states, v_heads));
   PrefillParams params = {};
   const int64_t qk_width = int64_t{config_.qk_heads} * kHeadDim, v_width = int64_t{v_heads} * kHeadDim;
   PRISTINE_RETURN_IF_ERROR(CheckVectorRows("q", tensors.q, bucket.tokens, qk_width, params.q_stride));
@@ -125,8 +118,6 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
   PRISTINE_RETURN_IF_ERROR(check("initial_slots", tensors.initial_slots, sizeof(Slot), bucket.requests, sizeof(Slot)));
   PRISTINE_RETURN_IF_ERROR(check("final_slots", tensors.final_slots, sizeof(Slot), bucket.requests, sizeof(Slot)));
   PRISTINE_RETURN_IF_ERROR(check("out", tensors.out, sizeof(uint16_t), bucket.tokens * v_width, kAlignment));
-  PRISTINE_RETURN_IF_ERROR(check("states", states.states, SizeOf(states.dtype),
-                                 (states.slots - 1) * states.slot_stride + v_heads * kStateElements, kAlignment));
   params.q = tensors.q.data.address();
   params.k = tensors.k.data.address();
   params.v = tensors.v.data.address();

@@ -542,6 +542,9 @@ TYPED_TEST(PrefillTest, RefusesWhatDoesNotFit) {
   other = pool;
   other.dtype = DType::kFloat16;
   EXPECT_STATUS(run({2, 10}, good, other), kUnimplemented, "states is float16");
+  ASSERT_NO_FATAL_FAILURE(ForBadSlots(pool, [&](const StateView& view) {
+    EXPECT_STATUS(run({2, 10}, good, view), kInvalidArgument, "states");
+  }));
   other = pool;
   other.states = other.states.Sub(0, other.states.size() - 4);
   EXPECT_STATUS(run({2, 10}, good, other), kInvalidArgument, "states has");
