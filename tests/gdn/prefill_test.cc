@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <numeric>
 #include <random>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -487,6 +489,57 @@ TYPED_TEST(PrefillTest, AllocatesAtCreateAloneAndNoState) {
   ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Prefill> prefill, Prefill::Create(*this->device_, config));
   EXPECT_EQ(this->device_->live().bytes - before.bytes,
             TestFixture::kCuda ? static_cast<size_t>(PrefillWorkspaceBytes(config)) : size_t{0});
+}
+
+// Sets a variable until its end.
+class ScopedVariable {
+ public:
+  ScopedVariable(const char* name, const char* value) : name_(name) { EXPECT_EQ(setenv(name, value, 1), 0); }
+  ~ScopedVariable() { EXPECT_EQ(unsetenv(name_), 0); }
+  ScopedVariable(const ScopedVariable&) = delete;
+  ScopedVariable& operator=(const ScopedVariable&) = delete;
+
+ private:
+  const char* const name_;
+};
+
+TYPED_TEST(PrefillTest, TakesItsTuningFromTheEnvironmentAtCreate) {
+  const Batch batch = {.lengths = {40, 30}, .initial = {1, 2}, .final = {1, 2}};
+  const Shape shape = {1, 2, {2, 70}};
+  for (const char* const bv : {"64", "128"}) {
+    {
+      const ScopedVariable variable("PRISTINE_GDN_CHUNK_H_BV", bv);
+      ASSERT_NO_FATAL_FAILURE(this->Make(shape, 2, 13));
+    }
+    const ScopedVariable later("PRISTINE_GDN_CHUNK_H_BV", "nonsense");
+    ASSERT_NE(this->prefill_->tuning(), nullptr);
+    EXPECT_EQ(absl::StrCat(this->prefill_->tuning()->bv), bv);
+    ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
+    ASSERT_OK(this->Run(*this->stream_));
+    ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
+    EXPECT_STATUS(Prefill::Create(*this->device_, this->prefill_->config()), kInvalidArgument,
+                  "PRISTINE_GDN_CHUNK_H_BV is \"nonsense\"");
+  }
+  ASSERT_NO_FATAL_FAILURE(this->Make(shape, 2, 13));
+  EXPECT_EQ(this->prefill_->tuning(), nullptr);
+}
+
+TYPED_TEST(PrefillTest, RefusesATuningThatIsNotCompiledOrFallsBack) {
+  const PrefillConfig config = {.largest = {1, 64}, .qk_heads = 1, .v_heads = 1};
+  const ScopedVariable variable("PRISTINE_GDN_CHUNK_H_NUM_STAGES", "4");
+  const size_t allocations = this->device_->total_allocations();
+  EXPECT_STATUS(Prefill::Create(*this->device_, config), kInvalidArgument,
+                "gdn_prefill_states: BV 128, 12 warps, 4 stages (PRISTINE_GDN_CHUNK_H_*) is not compiled");
+  EXPECT_EQ(this->device_->total_allocations(), allocations);
+  std::vector<std::string> warnings;
+  TuningPolicy policy(TuningPolicy::OnBadTuning::kFallBack, [&](const std::string& text) { warnings.push_back(text); });
+  for (int i = 1; i <= 2; ++i) {
+    ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Prefill> prefill, Prefill::Create(*this->device_, config, &policy));
+    ASSERT_NE(prefill->tuning(), nullptr);
+    EXPECT_EQ(*prefill->tuning(), (GdnTuning{128, 12, 3, true}));
+    EXPECT_EQ(policy.fallbacks(), i);
+  }
+  EXPECT_EQ(warnings.size(), 1u);
 }
 
 TYPED_TEST(PrefillTest, RefusesWhatDoesNotFit) {
