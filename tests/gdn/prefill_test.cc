@@ -238,7 +238,7 @@ class PrefillTest : public DeviceTest<BackendT> {
       begin += static_cast<size_t>(batch_.lengths[i]);
     }
     ExpectClose(expected_out, got_out, 1e-2, 1e-2, widen, "out");
-    ExpectClose(expected_states, got_states, 5e-3, shape_.state == DType::kBFloat16 ? 4e-3 : 1e-3, widen, "states");
+    ExpectClose(expected_states, got_states, 5e-3, 1e-3, widen, "states");
     for (size_t i = begin * heads * 128; i < out.size(); ++i) ASSERT_EQ(out[i], 0) << "past the last sequence";
     const size_t slot_bytes = slot_size * SizeOf(shape_.state);
     for (size_t s = 0; s < slots; ++s) {
