@@ -55,13 +55,11 @@ class CeilDivider {
   uint64_t reciprocal_;
 };
 
-int64_t CountItems(const DecodePlanConfig& config, absl::Span<const int32_t> lengths, int32_t chunk) {
+// Of rows of `sizes` tokens.
+int64_t CountItems(absl::Span<const int32_t> sizes, int32_t chunk) {
   const CeilDivider items_of(chunk);
   int64_t count = 0;
-  for (const int32_t length : lengths) {
-    const Planned planned = PlannedRange(config, length);
-    count += items_of(planned.end - planned.begin);
-  }
+  for (const int32_t size : sizes) count += items_of(size);
   return count;
 }
 
@@ -83,13 +81,12 @@ absl::Status TooManyRows(const DecodePlanConfig& config, const Extent& bucket, s
       absl::StrCat(config.name, ": ", given, " rows, bucket ", bucket.ToString(), " has ", Rows(config, bucket)));
 }
 
-// The smallest chunk, in tokens, with which the rows need no more than `places` items. `places` is at least the number
-// of rows, so a chunk as long as the longest row always does.
-int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> lengths, int64_t places) {
-  int64_t tokens = 0, longest = 0, rows = 0;
-  for (const int32_t length : lengths) {
-    const Planned planned = PlannedRange(config, length);
-    const int64_t size = planned.end - planned.begin;
+// The smallest chunk, in tokens, with which rows of `sizes` tokens need no more than `places` items. `places` is at
+// least the number of rows, so a chunk as long as the longest row always does.
+int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> sizes, int64_t places) {
+  int64_t tokens = 0, rows = 0;
+  int32_t longest = 0;
+  for (const int32_t size : sizes) {
     tokens += size;
     longest = std::max(longest, size);
     rows += size > 0;
@@ -97,19 +94,28 @@ int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> 
   // Items start on page boundaries where there is no window.
   const int64_t unit = config.page_size * ((int64_t{kChunkUnit} - 1) / config.page_size + 1);
   const auto units = [unit](int64_t size) { return (size + unit - 1) / unit; };
+  const auto chunk = [unit](int64_t count) { return static_cast<int32_t>(std::min(count * unit, kMaxInt32)); };
   // Fewer than tokens / places cannot do; tokens / (places - rows) does, since a row wastes less than one item.
   int64_t low = std::max(units(kMinChunk), units((tokens + places - 1) / places));
   int64_t high = units(longest);
   if (places > rows) high = std::min(high, units((tokens + places - rows - 1) / (places - rows)));
   high = std::max(high, low);
-  const auto chunk = [unit](int64_t count) { return static_cast<int32_t>(std::min(count * unit, kMaxInt32)); };
+  // A pass over the rows is what costs. Rows waste half an item on average, which is a guess near enough to walk from,
+  // in steps that double, instead of halving all of [low, high].
+  int64_t probe = units(tokens / (places - rows / 2));
+  int64_t step = probe / 64 + 1;
   while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (CountItems(config, lengths, chunk(middle)) <= places) {
-      high = middle;
+    probe = std::min(std::max(probe, low), high - 1);
+    if (CountItems(sizes, chunk(probe)) <= places) {
+      high = probe;
+      probe -= step;
+      if (probe < low) probe = (low + high) / 2;
     } else {
-      low = middle + 1;
+      low = probe + 1;
+      probe += step;
+      if (probe >= high) probe = (low + high) / 2;
     }
+    step *= 2;
   }
   return chunk(low);
 }
@@ -176,7 +182,17 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ",
                                                      Rows(config, bucket), " rows, must be at most ", kMaxRows));
     }
-    if (config.scheduler == DecodeScheduler::kDevice) continue;
+    const int32_t packed = config.q_heads / config.kv_heads * config.q_len;
+    const int32_t tile =
+        DecodeTile(static_cast<int32_t>(SizeOf(kv_dtype)), config.head_dim, DecodePassRows(config.head_dim, packed));
+    const int64_t tiles = Rows(config, bucket) * DecodeUnits(config.kv_heads, config.head_dim, packed) *
+                          ((int64_t{config.max_row_tokens} + tile - 1) / tile);
+    if (config.scheduler == DecodeScheduler::kDevice) {
+      if (tiles <= kMaxInt32) continue;
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ", tiles,
+                                                     " tiles of ", tile, " tokens at max_row_tokens ",
+                                                     config.max_row_tokens, ", must be at most ", kMaxInt32));
+    }
     const int64_t values =
         MaxItems64(config, bucket, multiprocessors) * config.q_len * config.q_heads * config.head_dim;
     if (values > kMaxInt32) {
@@ -205,7 +221,12 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
                                                    rows + 1));
   }
   PRISTINE_RETURN_IF_ERROR(CheckLengths(config, lengths));
-  const int32_t chunk = SmallestChunk(config, lengths, places);
+  const absl::Span<int32_t> sizes = item_indptr.first(lengths.size());  // until it is written below
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const Planned planned = PlannedRange(config, lengths[i]);
+    sizes[i] = planned.end - planned.begin;
+  }
+  const int32_t chunk = SmallestChunk(config, sizes, places);
   int32_t count = 0;
   item_indptr[0] = 0;
   for (int32_t row = 0; row < rows; ++row) {

@@ -107,14 +107,15 @@ const char* InsteadOf(const RouteConfig& config) {
   return "another of these";
 }
 
-absl::Status CheckShape(ForwardMode mode, KernelFamily family, const RouteConfig& config) {
+absl::Status CheckShape(ForwardMode mode, KernelFamily family, const DeviceCaps& caps, const RouteConfig& config) {
   if (config.q_heads / config.kv_heads > kDecodeMaxGroup) {
     return Refuse(mode, absl::StrCat(config.q_heads / config.kv_heads, " query heads per KV head"),
                   absl::StrCat("at most ", kDecodeMaxGroup), "KV heads repeated");
   }
   const bool decode = family == KernelFamily::kDecode;
   const bool found = decode ? FindDecodeVariant(config.dtype, config.kv_dtype, config.head_dim) != nullptr
-                            : FindPrefillVariant(config.dtype, config.kv_dtype, config.head_dim) != nullptr;
+                            : FindPrefillVariant(config.dtype, config.kv_dtype, config.head_dim,
+                                                 10 * caps.sm_major + caps.sm_minor) != nullptr;
   if (found) return absl::OkStatus();
   return Refuse(mode,
                 absl::StrCat("no ", ToString(family), " kernel for ", ToString(config.dtype), " over a KV cache in ",
@@ -159,7 +160,7 @@ absl::StatusOr<KernelFamily> Route(ForwardMode mode, const DeviceCaps& caps, con
   PRISTINE_RETURN_IF_ERROR(CheckSizes(mode, config));
   PRISTINE_ASSIGN_OR_RETURN(const KernelFamily family, FamilyOf(mode, config));
   PRISTINE_RETURN_IF_ERROR(CheckDevice(mode, caps));
-  PRISTINE_RETURN_IF_ERROR(CheckShape(mode, family, config));
+  PRISTINE_RETURN_IF_ERROR(CheckShape(mode, family, caps, config));
   return family;
 }
 

@@ -115,7 +115,8 @@ absl::StatusOr<const MergeVariant*> CheckCall(const char* op, const MergeShape& 
 
 absl::Status LaunchPair(Stream& stream, const MergeVariant& variant, const MergeShape& shape,
                         const MergePairParams& params) {
-  const bool block_per_token = ChooseMergeForm(shape.dtype, shape.head_dim, shape.heads) == MergeForm::kBlockPerToken;
+  const bool block_per_token =
+      ChooseMergeForm(shape.dtype, shape.head_dim, shape.heads, params.rows) == MergeForm::kBlockPerToken;
   return Launch(stream, block_per_token ? variant.block_per_token : variant.token_head, params);
 }
 

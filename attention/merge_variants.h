@@ -27,15 +27,18 @@ const MergeVariant* FindMergeVariant(DType dtype, int32_t head_dim);
 // "float32 with head_dim 64, …", for messages.
 std::string MergeVariantNames();
 
-// Which kernel merges two states of `heads` heads: a block per token where a block can have that many threads, the grid
-// over tokens and heads otherwise. A function of the shape alone, so a capture and its warm-ups choose alike. (sglang
-// PR #23993: a launch of 65 heads of 128 in 16 bits is refused by the driver, and inside a capture ends the capture.)
+// Which kernel merges two states of `heads` heads: a block per token where a block can have that many threads and there
+// are tokens enough to fill a device, the grid over tokens and heads otherwise. A function of the shape alone, so a
+// capture and its warm-ups choose alike. (sglang PR #23993: a launch of 65 heads of 128 in 16 bits is refused by the
+// driver, and inside a capture ends the capture.)
 enum class MergeForm { kBlockPerToken, kTokenHead };
+constexpr int32_t kMergeFewRows = 128;  // one row of 64 heads takes 1.6 us as eight blocks, 1.9 as one
 constexpr int32_t MaxHeadsPerBlock(DType dtype, int32_t head_dim) {
   return kMergeMaxThreads / MergeLanes(static_cast<int32_t>(SizeOf(dtype)), head_dim);
 }
-constexpr MergeForm ChooseMergeForm(DType dtype, int32_t head_dim, int32_t heads) {
-  return heads <= MaxHeadsPerBlock(dtype, head_dim) ? MergeForm::kBlockPerToken : MergeForm::kTokenHead;
+constexpr MergeForm ChooseMergeForm(DType dtype, int32_t head_dim, int32_t heads, int32_t rows) {
+  if (heads > MaxHeadsPerBlock(dtype, head_dim) || rows <= kMergeFewRows) return MergeForm::kTokenHead;
+  return MergeForm::kBlockPerToken;
 }
 
 }  // namespace pristine::attention

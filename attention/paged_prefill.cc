@@ -1,6 +1,7 @@
 #include "pristine/attention/paged_prefill.h"
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,6 +14,7 @@ namespace pristine::attention {
 namespace {
 
 constexpr int32_t kMaxGroup = 32;
+constexpr int kMinCapability = 80;    // of CUDA devices
 constexpr uintptr_t kAlignment = 16;  // of vector loads
 
 // `span` as `need` elements of `element_bytes` each.
@@ -57,29 +59,37 @@ absl::Status Validate(const PagedPrefillConfig& c) {
 
 absl::StatusOr<std::unique_ptr<PagedPrefill>> PagedPrefill::Create(Device& device, const PagedPrefillConfig& config) {
   PRISTINE_RETURN_IF_ERROR(Validate(config));
-  const PrefillVariant* const variant = FindPrefillVariant(config.dtype, config.kv_dtype, config.head_dim);
+  const PrefillVariant* const variant =
+      FindPrefillVariant(config.dtype, config.kv_dtype, config.head_dim, device.compute_capability());
   if (variant == nullptr) {
     return absl::UnimplementedError(absl::StrCat(config.name, ": no prefill kernel for ", ToString(config.dtype),
                                                  " with ", ToString(config.kv_dtype), " KV and head_dim ",
                                                  config.head_dim, "; there are ", PrefillVariantNames()));
   }
+  return Create(device, config, *variant);
+}
+
+absl::StatusOr<std::unique_ptr<PagedPrefill>> PagedPrefill::Create(Device& device, const PagedPrefillConfig& config,
+                                                                   const PrefillVariant& variant) {
+  PRISTINE_RETURN_IF_ERROR(Validate(config));
   if (device.backend() == Backend::kCuda) {
-    if (variant->kernel.cuda == nullptr) {
-      return absl::UnimplementedError(absl::StrCat(variant->kernel.name, ": built without CUDA"));
+    if (variant.kernel.cuda == nullptr) {
+      return absl::UnimplementedError(absl::StrCat(variant.kernel.name, ": built without CUDA"));
     }
-    if (device.compute_capability() < variant->min_capability) {
-      return absl::UnimplementedError(absl::StrCat(variant->kernel.name, ": ", device.name(),
-                                                   " has compute capability ", device.compute_capability(), ", needs ",
-                                                   variant->min_capability));
+    const int capability = device.compute_capability(), only = variant.only_capability;
+    if (only == 0 ? capability < kMinCapability : capability != only) {
+      return absl::UnimplementedError(absl::StrCat(variant.kernel.name, ": ", device.name(), " has compute capability ",
+                                                   capability, ", needs ", only == 0 ? "at least " : "",
+                                                   only == 0 ? kMinCapability : only));
     }
-    if (variant->prepare != nullptr) {
+    if (variant.prepare != nullptr) {
       // Attributes belong to the current device; queueing on one of its streams makes this device the current one.
       PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());
       PRISTINE_RETURN_IF_ERROR(
-          stream->EnqueueCudaKernel(variant->kernel.name, [variant](CUstream_st*) { return variant->prepare(); }));
+          stream->EnqueueCudaKernel(variant.kernel.name, [&variant](CUstream_st*) { return variant.prepare(); }));
     }
   }
-  return std::unique_ptr<PagedPrefill>(new PagedPrefill(device, config, *variant));
+  return std::unique_ptr<PagedPrefill>(new PagedPrefill(device, config, variant));
 }
 
 const char* PagedPrefill::kernel_name() const { return variant_.kernel.name; }
@@ -95,6 +105,12 @@ absl::Status PagedPrefill::Run(Stream& stream, const Extent& bucket, const Prefi
         absl::StrCat(c.name, ": bucket is ", bucket.ToString(), ", must have requests for its tokens"));
   }
   if (bucket.tokens == 0) return absl::OkStatus();
+  if (int64_t{bucket.tokens} * c.q_heads > std::numeric_limits<int32_t>::max()) {
+    return absl::InvalidArgumentError(absl::StrCat(c.name, ": bucket is ", bucket.ToString(),
+                                                   ", must have less than 2^31 "
+                                                   "tokens * q_heads; q_heads is ",
+                                                   c.q_heads));
+  }
   const size_t element = SizeOf(c.dtype), kv_element = SizeOf(c.kv_dtype);
   const int64_t row = int64_t{c.q_heads} * c.head_dim;
   const int64_t page = int64_t{c.page_size} * c.kv_heads * c.head_dim;

@@ -16,14 +16,15 @@ struct PrefillVariant {
   DType dtype;     // of q and out
   DType kv_dtype;  // of k and v
   int32_t head_dim;
-  int32_t min_capability;  // of CUDA devices, as Device::compute_capability
+  int32_t only_capability;  // of the devices that can run it, as Device::compute_capability; 0: any from 80 on
   Kernel<PagedPrefillParams> kernel;
   int (*prepare)();  // sets attributes on the current device; a cudaError_t. Null: nothing to set, or no CUDA
 };
 
 absl::Span<const PrefillVariant> PrefillVariants();
-// Null where there is none.
-const PrefillVariant* FindPrefillVariant(DType dtype, DType kv_dtype, int32_t head_dim);
+// The variant that a device of `capability` (Host: 0) runs: the one made for it, or else the one for all. Null where
+// there is none.
+const PrefillVariant* FindPrefillVariant(DType dtype, DType kv_dtype, int32_t head_dim, int32_t capability);
 // "float32 with float32 KV and head_dim 64, …", for messages.
 std::string PrefillVariantNames();
 

@@ -137,8 +137,9 @@ absl::Status CheckChain(const char* op, int32_t rows, int32_t tokens, const Conv
 absl::Status CausalConv1d(Stream& stream, int32_t tokens, const ConvSequences& sequences, const ConvInputs& inputs,
                           const ConvStateView& states, const ConvOutputs& outputs) {
   const char* const op = kPrompts.name;
-  if (tokens < 0) {
-    return absl::InvalidArgumentError(absl::StrCat(op, ": tokens is ", tokens, ", must be at least 0"));
+  constexpr int32_t kMaxTokens = 1 << 30;  // so that a token a few behind the last has a number
+  if (tokens < 0 || tokens > kMaxTokens) {
+    return absl::InvalidArgumentError(absl::StrCat(op, ": tokens is ", tokens, ", must be in [0, ", kMaxTokens, "]"));
   }
   CausalConv1dParams params = {};
   PRISTINE_RETURN_IF_ERROR(CheckInputs(op, sequences.requests, tokens, inputs, states, params));

@@ -32,12 +32,17 @@ struct PagedPrefillParams {
 template <class T, class KV>
 int PagedPrefillHost(const PagedPrefillParams& params);
 
-// Tensor cores, 16-bit T. mma.sync: sm_80 and newer.
+// Tensor cores, 16-bit T, through mma.sync: sm_80 and newer.
 template <class T, class KV, int kHeadDim>
-int PagedPrefillCuda(CUstream_st* stream, const PagedPrefillParams& params);
-// Sets the kernel's shared memory limit on the current device. Returns a cudaError_t.
+int PagedPrefillMmaCuda(CUstream_st* stream, const PagedPrefillParams& params);
+// The same through wgmma: sm_90a alone. head_dim 64 and 128.
 template <class T, class KV, int kHeadDim>
-int PagedPrefillPrepare();
+int PagedPrefillWgmmaCuda(CUstream_st* stream, const PagedPrefillParams& params);
+// Set the kernels' shared memory limit on the current device. Return a cudaError_t.
+template <class T, class KV, int kHeadDim>
+int PreparePagedPrefillMma();
+template <class T, class KV, int kHeadDim>
+int PreparePagedPrefillWgmma();
 
 // float32 throughout, a warp per query and head: exact rather than fast.
 template <int kHeadDim>

@@ -72,10 +72,18 @@ TEST(MergeForm, IsAFunctionOfTheShapeWithItsEdgeAt1024Threads) {
     EXPECT_EQ(variant->max_heads_per_block, edge.heads);
     const int32_t vec = std::max<int32_t>(16 / static_cast<int32_t>(SizeOf(edge.dtype)), edge.head_dim / 32);
     EXPECT_EQ(edge.head_dim / vec * edge.heads, 1024);
-    EXPECT_EQ(attention::ChooseMergeForm(edge.dtype, edge.head_dim, 1), MergeForm::kBlockPerToken);
-    EXPECT_EQ(attention::ChooseMergeForm(edge.dtype, edge.head_dim, edge.heads), MergeForm::kBlockPerToken);
-    EXPECT_EQ(attention::ChooseMergeForm(edge.dtype, edge.head_dim, edge.heads + 1), MergeForm::kTokenHead);
-    EXPECT_EQ(attention::ChooseMergeForm(edge.dtype, edge.head_dim, 65535), MergeForm::kTokenHead);
+    const auto form = [&](int32_t heads, int32_t rows) {
+      return attention::ChooseMergeForm(edge.dtype, edge.head_dim, heads, rows);
+    };
+    constexpr int32_t kMany = attention::kMergeFewRows + 1;
+    EXPECT_EQ(form(1, kMany), MergeForm::kBlockPerToken);
+    EXPECT_EQ(form(edge.heads, kMany), MergeForm::kBlockPerToken);
+    EXPECT_EQ(form(edge.heads + 1, kMany), MergeForm::kTokenHead);
+    EXPECT_EQ(form(65535, kMany), MergeForm::kTokenHead);
+    // Few rows are spread over more blocks, whatever the heads.
+    EXPECT_EQ(form(1, kMany - 1), MergeForm::kTokenHead);
+    EXPECT_EQ(form(edge.heads, 1), MergeForm::kTokenHead);
+    EXPECT_EQ(form(edge.heads + 1, 1), MergeForm::kTokenHead);
   }
   EXPECT_EQ(attention::MergeVariants().size(), std::size(edges));
 }
@@ -114,7 +122,7 @@ TYPED_TEST(MergeStatesTest, BothKernelsAgreeForEveryHeadCountThatABlockHolds) {
 TYPED_TEST(MergeStatesTest, MoreHeadsThanABlockHoldsAreMergedEagerlyAndInACapture) {
   uint64_t seed = 2000;
   for (const MergeVariant& variant : attention::MergeVariants()) {
-    for (const int32_t heads : {variant.max_heads_per_block, variant.max_heads_per_block + 1, 65, 128, 200}) {
+    for (const int32_t heads : {65, 128, 200, variant.max_heads_per_block, variant.max_heads_per_block + 1}) {
       const MergeShape shape = {variant.dtype, heads, variant.head_dim};
       const HostStates a = RandomStates(shape, 3, ++seed), b = RandomStates(shape, 3, ++seed);
       EXPECT_EQ(this->CheckPair(a, b, this->Merge(a, b)), "") << Name(shape);
@@ -125,11 +133,21 @@ TYPED_TEST(MergeStatesTest, MoreHeadsThanABlockHoldsAreMergedEagerlyAndInACaptur
                                                this->reports());
                            }));
       ASSERT_EQ(graph->nodes().size(), 1u);
-      EXPECT_EQ(graph->nodes()[0].name,
-                heads <= variant.max_heads_per_block ? variant.block_per_token.name : variant.token_head.name);
+      EXPECT_EQ(graph->nodes()[0].name, variant.token_head.name);
       ASSERT_OK_AND_ASSIGN(const std::unique_ptr<GraphExec> exec, graph->Instantiate());
       ASSERT_OK(exec->Launch(*this->stream_));
       EXPECT_EQ(this->CheckPair(a, b, this->Get(shape, 3, out)), "") << Name(shape);
+      if (heads != variant.max_heads_per_block && heads != variant.max_heads_per_block + 1) continue;
+      // With rows enough for a block per token, the edge decides.
+      constexpr int32_t kMany = attention::kMergeFewRows + 1;
+      const MutableStates many = this->Output(shape, kMany);
+      ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Graph> large, Capture(*this->stream_, [&](Stream& stream) {
+                             return MergeState(stream, shape, kMany, this->In(many), this->In(many), many,
+                                               this->reports());
+                           }));
+      ASSERT_EQ(large->nodes().size(), 1u);
+      EXPECT_EQ(large->nodes()[0].name,
+                heads <= variant.max_heads_per_block ? variant.block_per_token.name : variant.token_head.name);
       this->memory_.clear();
     }
   }

@@ -5,6 +5,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention/prefill_variants.h"
@@ -23,44 +24,7 @@ using attention::PrefillTensors;
 using attention::PrefillVariant;
 
 template <class BackendT>
-class PagedPrefillTest : public DeviceTest<BackendT> {
- protected:
-  void TearDown() override {
-    if (this->stream_ != nullptr) this->stream_->Synchronize().IgnoreError();
-    rig_.reset();
-    DeviceTest<BackendT>::TearDown();
-  }
-  absl::Status Prepare(const PrefillCase& step, const Extent& bucket, int32_t max_length = 0) {
-    rig_.reset();
-    const int32_t longest = *std::max_element(step.lengths().begin(), step.lengths().end());
-    PRISTINE_ASSIGN_OR_RETURN(rig_, PrefillRig::Create(*this->device_, *this->stream_, step.shape(),
-                                                       {.buckets = {bucket},
-                                                        .max_length = std::max({1, longest, max_length}),
-                                                        .num_pages = step.num_pages()}));
-    return rig_->Load(step);
-  }
-  // Runs `step` eagerly and from a graph: both are attention, and the same bytes.
-  void ExpectAttention(const PrefillCase& step, const Extent& bucket) {
-    SCOPED_TRACE(step.shape().ToString());
-    ASSERT_OK(Prepare(step, bucket));
-    ASSERT_OK(rig_->Begin(bucket, step));
-    ASSERT_OK(rig_->RunEagerly(bucket, step));
-    EXPECT_EQ(rig_->Check(bucket, step), "");
-    const std::vector<std::byte> eager = rig_->raw_out;
-    ASSERT_OK(rig_->Capture());
-    for (const char* const run : {"first launch", "second launch"}) {
-      ASSERT_OK(rig_->Begin(bucket, step));
-      ASSERT_OK(rig_->Replay(bucket, step));
-      EXPECT_TRUE(rig_->raw_out == eager) << run;
-    }
-  }
-  // Without slack in the bucket.
-  void ExpectAttention(const PrefillCase& step) {
-    ExpectAttention(step, {step.requests(), std::max(1, step.tokens())});
-  }
-
-  std::unique_ptr<PrefillRig> rig_;
-};
+class PagedPrefillTest : public PrefillTest<BackendT> {};
 TYPED_TEST_SUITE(PagedPrefillTest, AllBackends, BackendNames);
 
 PrefillShape Shape(const PrefillVariant& variant, uint64_t seed) {
@@ -74,7 +38,8 @@ PrefillShape Shape(const PrefillVariant& variant, uint64_t seed) {
 TYPED_TEST(PagedPrefillTest, EveryVariantIsAttentionOverRaggedSteps) {
   uint64_t seed = 100;
   for (const PrefillVariant& variant : attention::PrefillVariants()) {
-    for (int repeat = 0; repeat < 2; ++repeat) {
+    if (variant.only_capability != 0) continue;  // run beside the one for all devices
+    for (int repeat = 0; repeat < (this->on_host() ? 1 : 8); ++repeat) {
       std::mt19937_64 random(++seed);
       const auto below = [&random](int32_t n) { return static_cast<int32_t>(random() % n); };
       PrefillShape shape = Shape(variant, seed);
@@ -89,9 +54,9 @@ TYPED_TEST(PagedPrefillTest, EveryVariantIsAttentionOverRaggedSteps) {
       shape.block_table = below(2) == 0;
       std::vector<int32_t> qo_lens, lengths;
       for (int r = 0; r < 4; ++r) {
-        const int32_t longest_qo[] = {2, 20, 80, 7};
+        const int32_t longest_qo[] = {2, 20, this->on_host() ? 24 : 80, 7};
         qo_lens.push_back(below(longest_qo[r]));
-        lengths.push_back(qo_lens.back() + below(120));
+        lengths.push_back(qo_lens.back() + below(this->on_host() ? 40 : 150));
       }
       const PrefillCase step(shape, qo_lens, lengths);
       this->ExpectAttention(step, {5, step.tokens() + 1 + below(40)});
@@ -101,16 +66,19 @@ TYPED_TEST(PagedPrefillTest, EveryVariantIsAttentionOverRaggedSteps) {
 
 // A needle where an off-by-one would show, and one query at each position around it.
 TYPED_TEST(PagedPrefillTest, NeedlesAtPageAndTileEdgesAreSeenByTheQueriesBehindThem) {
-  for (const DType dtype : {DType::kFloat32, DType::kFloat16}) {
-    for (const int32_t page_size : {1, 16}) {
-      for (const int32_t needle : {0, 15, 16, 62, 63, 64, 65, 126, 127, 128, 129, 140}) {
-        PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = page_size, .seed = 300};
-        shape.seed += needle;
-        const PrefillCase step(shape, {20, 18}, {150, std::max(18, needle + 3)}, {needle, needle});
-        const int32_t token = 20 + 18 - 1;
-        EXPECT_GE(step.Expected(token, 0).top_mass, 0.5);
-        this->ExpectAttention(step);
-      }
+  for (const auto& [dtype, head_dim, page_size] : {std::tuple{DType::kFloat32, 64, 1},
+                                                   {DType::kFloat16, 64, 16},
+                                                   {DType::kFloat16, 128, 1},
+                                                   {DType::kBFloat16, 256, 16}}) {
+    if (head_dim > 64 && this->on_host()) continue;
+    for (const int32_t needle : {0, 15, 16, 63, 64, 65, 127, 128, 129, 140}) {
+      PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .q_heads = 2, .kv_heads = 1, .head_dim = head_dim};
+      shape.page_size = page_size;
+      shape.seed = 300 + needle;
+      const PrefillCase step(shape, {20, 18}, {150, std::max(18, needle + 3)}, {needle, needle});
+      const int32_t token = 20 + 18 - 1;
+      EXPECT_GE(step.Expected(token, 0).top_mass, 0.5);
+      this->ExpectAttention(step);
     }
   }
 }
@@ -148,7 +116,7 @@ TYPED_TEST(PagedPrefillTest, IdleSteps) {
 }
 
 TYPED_TEST(PagedPrefillTest, EveryGroupSize) {
-  for (int32_t group = 1; group <= 32; ++group) {
+  for (int32_t group = 1; group <= 32; group += this->on_host() && group >= 8 ? 8 : 1) {
     PrefillShape shape = {.dtype = DType::kFloat16, .kv_dtype = DType::kFloat16, .page_size = 8};
     shape.kv_heads = group < 8 ? 2 : 1;
     shape.q_heads = group * shape.kv_heads;
@@ -245,23 +213,68 @@ TYPED_TEST(PagedPrefillTest, ChunksGiveWhatThePromptAtOnceGives) {
   }
 }
 
+// One query per request, over the decode wrapper's own tensors.
+TYPED_TEST(PagedPrefillTest, OneQueryPerRequestIsADecodeStep) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const DecodeShape shape = {.dtype = dtype, .page_size = 16, .window = 70, .seed = 825};
+    const DecodeCase step(shape, {1, 0, 90, 64, 129}, {-1, -1, 40, -1, 128});
+    ASSERT_OK_AND_ASSIGN(const auto decode, DecodeRig::Create(*this->device_, *this->stream_, shape,
+                                                              {.buckets = {5}, .num_pages = step.num_pages()}));
+    ASSERT_OK(decode->Load(step));
+    ASSERT_OK(decode->Begin(5, step, 5));
+    ASSERT_OK(decode->RunEagerly(5, 5));
+    const std::vector<float> expected = decode->out, expected_lse = decode->lse;
+    ASSERT_OK_AND_ASSIGN(const DeviceBuffer qo_indptr, this->device_->Allocate(6 * 4, "qo_indptr"));
+    ASSERT_OK(Upload(*this->stream_, qo_indptr.As<int32_t>(), {0, 1, 2, 3, 4, 5}));
+    ASSERT_OK_AND_ASSIGN(const auto prefill, PagedPrefill::Create(*this->device_, {.q_heads = shape.q_heads,
+                                                                                   .kv_heads = shape.kv_heads,
+                                                                                   .head_dim = shape.head_dim,
+                                                                                   .dtype = dtype,
+                                                                                   .kv_dtype = dtype,
+                                                                                   .page_size = shape.page_size,
+                                                                                   .window = shape.window,
+                                                                                   .scale = 0.125f}));
+    const attention::DecodeTensors& tensors = decode->tensors;
+    ASSERT_OK(prefill->Run(*this->stream_, {5, 5},
+                           {.q = tensors.q,
+                            .k = tensors.k,
+                            .v = tensors.v,
+                            .out = tensors.out,
+                            .lse = tensors.lse,
+                            .qo_indptr = qo_indptr.As<const int32_t>(),
+                            .kv_indptr = tensors.kv_indptr,
+                            .kv_indices = tensors.kv_indices,
+                            .lengths = tensors.lengths}));
+    ASSERT_OK(decode->ReadBack());
+    for (size_t head = 0; head < expected_lse.size(); ++head) {
+      const OracleRow row = {.out = {expected.begin() + head * 64, expected.begin() + (head + 1) * 64},
+                             .lse = expected_lse[head]};
+      EXPECT_EQ(Difference(row, &decode->out[head * 64], decode->lse[head], dtype == DType::kFloat32 ? 1e-5 : 8e-3), "")
+          << "row " << head / 4 << ", head " << head % 4;
+    }
+  }
+}
+
 // Pages that the pool does not have are skipped, wherever they stand.
 TYPED_TEST(PagedPrefillTest, PageNumbersOutsideThePoolAreSkipped) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat16}) {
     const PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = 4, .block_table = true, .seed = 830};
     const PrefillCase step(shape, {30}, {100});
-    ASSERT_OK(this->Prepare(step, {1, 30}));
-    ASSERT_OK(this->rig_->Begin({1, 30}, step));
-    const int32_t wild[] = {-1, step.num_pages(), std::numeric_limits<int32_t>::max(),
-                            std::numeric_limits<int32_t>::min()};
-    std::vector<int32_t> table = step.BlockTable(1, this->rig_->table_width());
-    for (const int32_t page : {0, 7, 19, 24}) table[page] = wild[page % 4];
-    DeviceSpan<int32_t> device(const_cast<int32_t*>(this->rig_->tensors.block_table.address()), table.size());
-    ASSERT_OK(Upload(*this->stream_, device, table));
-    ASSERT_OK(this->rig_->RunEagerly({1, 30}, step));
-    EXPECT_EQ(this->rig_->Check({1, 30}, step,
-                                [](int32_t p) { return p / 4 != 0 && p / 4 != 7 && p / 4 != 19 && p / 4 != 24; }),
-              "");
+    for (const PrefillVariant* const variant : this->Runnable(shape)) {
+      ASSERT_OK(this->Prepare(step, {1, 30}, variant));
+      ASSERT_OK(this->rig_->Begin({1, 30}, step));
+      const int32_t wild[] = {-1, step.num_pages(), std::numeric_limits<int32_t>::max(),
+                              std::numeric_limits<int32_t>::min()};
+      std::vector<int32_t> table = step.BlockTable(1, this->rig_->table_width());
+      for (const int32_t page : {0, 7, 19, 24}) table[page] = wild[page % 4];
+      DeviceSpan<int32_t> device(const_cast<int32_t*>(this->rig_->tensors.block_table.address()), table.size());
+      ASSERT_OK(Upload(*this->stream_, device, table));
+      ASSERT_OK(this->rig_->RunEagerly({1, 30}, step));
+      EXPECT_EQ(this->rig_->Check({1, 30}, step,
+                                  [](int32_t p) { return p / 4 != 0 && p / 4 != 7 && p / 4 != 19 && p / 4 != 24; }),
+                "")
+          << variant->kernel.name;
+    }
   }
 }
 
@@ -271,34 +284,36 @@ TYPED_TEST(PagedPrefillTest, WildArraysHarmNothing) {
     const PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = 4, .seed = 840};
     const PrefillCase step(shape, {12, 20, 8}, {40, 60, 20});
     const Extent bucket = {3, 40};
-    ASSERT_OK(this->Prepare(step, bucket));
-    ASSERT_OK_AND_ASSIGN(const DeviceBuffer arrays, this->device_->Allocate(64 * 4, "arrays"));
-    constexpr int32_t kMax = std::numeric_limits<int32_t>::max(), kMin = std::numeric_limits<int32_t>::min();
-    const std::vector<std::vector<int32_t>> qo = {{0, 12, 32, 40},    {0, kMax, kMin, 40}, {kMin, kMax, kMin, kMax},
-                                                  {kMax, kMax, 0, 0}, {40, 30, 20, 10},    {0, 41, 1000, 5},
-                                                  {-5, -4, -3, kMax}};
-    const std::vector<std::vector<int32_t>> kv = {{0, 10, 25, 30}, {0, kMax, kMin, 30}, {kMin, kMax, kMin, kMax}};
-    for (const std::vector<int32_t>& qo_indptr : qo) {
-      for (const std::vector<int32_t>& kv_indptr : kv) {
-        for (const int32_t length : {20, kMin, kMax}) {
-          std::vector<int32_t> values(64, 0);
-          std::copy(qo_indptr.begin(), qo_indptr.end(), values.begin());
-          std::copy(kv_indptr.begin(), kv_indptr.end(), values.begin() + 16);
-          const std::vector<int32_t> lengths = {40, 60, length};
-          std::copy(lengths.begin(), lengths.end(), values.begin() + 32);
-          ASSERT_OK(Upload(*this->stream_, arrays.As<int32_t>(), values));
-          ASSERT_OK(this->rig_->Begin(bucket, step));
-          PrefillTensors& tensors = this->rig_->tensors;
-          tensors.qo_indptr = arrays.As<const int32_t>().Sub(0, 4);
-          tensors.kv_indptr = arrays.As<const int32_t>().Sub(16, 4);
-          tensors.lengths = arrays.As<const int32_t>().Sub(32, 3);
-          ASSERT_OK(this->rig_->RunEagerly(bucket, step));
-          if (&qo_indptr != &qo[0] || &kv_indptr != &kv[0]) continue;
-          for (int32_t token = 0; token < 32; ++token) {
-            ASSERT_EQ(Difference(step.Expected(token, 1), &this->rig_->out[(token * 4 + 1) * 64],
-                                 this->rig_->lse[token * 4 + 1], step.Tolerance()),
-                      "")
-                << token;
+    for (const PrefillVariant* const variant : this->Runnable(shape)) {
+      ASSERT_OK(this->Prepare(step, bucket, variant));
+      ASSERT_OK_AND_ASSIGN(const DeviceBuffer arrays, this->device_->Allocate(64 * 4, "arrays"));
+      constexpr int32_t kMax = std::numeric_limits<int32_t>::max(), kMin = std::numeric_limits<int32_t>::min();
+      const std::vector<std::vector<int32_t>> qo = {{0, 12, 32, 40},    {0, kMax, kMin, 40}, {kMin, kMax, kMin, kMax},
+                                                    {kMax, kMax, 0, 0}, {40, 30, 20, 10},    {0, 41, 1000, 5},
+                                                    {-5, -4, -3, kMax}};
+      const std::vector<std::vector<int32_t>> kv = {{0, 10, 25, 30}, {0, kMax, kMin, 30}, {kMin, kMax, kMin, kMax}};
+      for (const std::vector<int32_t>& qo_indptr : qo) {
+        for (const std::vector<int32_t>& kv_indptr : kv) {
+          for (const int32_t length : {20, kMin, kMax}) {
+            std::vector<int32_t> values(64, 0);
+            std::copy(qo_indptr.begin(), qo_indptr.end(), values.begin());
+            std::copy(kv_indptr.begin(), kv_indptr.end(), values.begin() + 16);
+            const std::vector<int32_t> lengths = {40, 60, length};
+            std::copy(lengths.begin(), lengths.end(), values.begin() + 32);
+            ASSERT_OK(Upload(*this->stream_, arrays.As<int32_t>(), values));
+            ASSERT_OK(this->rig_->Begin(bucket, step));
+            PrefillTensors& tensors = this->rig_->tensors;
+            tensors.qo_indptr = arrays.As<const int32_t>().Sub(0, 4);
+            tensors.kv_indptr = arrays.As<const int32_t>().Sub(16, 4);
+            tensors.lengths = arrays.As<const int32_t>().Sub(32, 3);
+            ASSERT_OK(this->rig_->RunEagerly(bucket, step));
+            if (&qo_indptr != &qo[0] || &kv_indptr != &kv[0]) continue;
+            for (int32_t token = 0; token < 32; ++token) {
+              ASSERT_EQ(Difference(step.Expected(token, 1), &this->rig_->out[(token * 4 + 1) * 64],
+                                   this->rig_->lse[token * 4 + 1], step.Tolerance()),
+                        "")
+                  << token;
+            }
           }
         }
       }
@@ -306,8 +321,6 @@ TYPED_TEST(PagedPrefillTest, WildArraysHarmNothing) {
   }
 }
 
-// Slots of the dummy page and behind a request's last token are NaN in other tests; here the whole unused pool is
-// infinite, and so is the part of the last page behind the length.
 TYPED_TEST(PagedPrefillTest, LseMayBeLeftOut) {
   const PrefillCase step({.seed = 850}, {5}, {9});
   ASSERT_OK(this->Prepare(step, {1, 5}));
@@ -398,9 +411,14 @@ TYPED_TEST(PagedPrefillTest, RunAllocatesNothing) {
 
 TEST(PrefillVariants, EachIsFoundByWhatItIs) {
   for (const PrefillVariant& variant : attention::PrefillVariants()) {
-    EXPECT_EQ(attention::FindPrefillVariant(variant.dtype, variant.kv_dtype, variant.head_dim), &variant);
+    const auto found = [&variant](int32_t capability) {
+      return attention::FindPrefillVariant(variant.dtype, variant.kv_dtype, variant.head_dim, capability);
+    };
+    EXPECT_EQ(found(variant.only_capability), &variant) << variant.kernel.name;
+    // A device that nothing was made for, Host among them, gets the variant for all.
+    for (const int32_t capability : {0, 80, 100}) EXPECT_EQ(found(capability)->only_capability, 0);
   }
-  EXPECT_EQ(attention::FindPrefillVariant(DType::kFloat8E4M3, DType::kFloat8E4M3, 64), nullptr);
+  EXPECT_EQ(attention::FindPrefillVariant(DType::kFloat8E4M3, DType::kFloat8E4M3, 64, 90), nullptr);
 }
 
 }  // namespace

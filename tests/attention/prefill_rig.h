@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -18,13 +19,16 @@
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "attention/kernels/float8.h"
+#include "attention/prefill_variants.h"
 #include "pristine/attention/paged_prefill.h"
 #include "pristine/attention/step_metadata.h"
 #include "pristine/buffers/buffer_manager.h"
 #include "pristine/graph_runtime/graph_runner.h"
 #include "pristine/graph_runtime/status.h"
 #include "tests/attention/decode_rig.h"
+#include "tests/support/backends.h"
 #include "tests/support/oracle_case.h"
+#include "tests/support/status_matchers.h"
 
 namespace pristine::testing {
 
@@ -207,7 +211,7 @@ class PrefillCase {
   std::vector<std::vector<float>> keys_, values_;  // of each request, [length, kv_heads, head_dim]
 };
 
-// A running maximum of relative RMS errors per head, for messages and for tolerances on sums.
+// "" if a head is as expected: relative RMS within `tolerance`, lse to 1e-3; zeros and -inf exactly.
 inline std::string Difference(const OracleRow& expected, const float* out, float lse, double tolerance) {
   if (std::isinf(expected.lse)) {
     const bool zeros = std::all_of(out, out + expected.out.size(), [](float x) { return x == 0; });
@@ -233,6 +237,7 @@ class PrefillRig {
     std::vector<Extent> buckets = {{4, 64}};
     int32_t max_length = 512;
     int32_t num_pages = 0;
+    const attention::PrefillVariant* variant = nullptr;  // null: what the device gets
   };
 
   static absl::StatusOr<std::unique_ptr<PrefillRig>> Create(Device& device, Stream& stream, const PrefillShape& shape,
@@ -249,16 +254,19 @@ class PrefillRig {
                                                                    .max_step_pages = most.requests * rig->table_width_,
                                                                    .max_length = options.max_length,
                                                                    .ragged = true}));
-    PRISTINE_ASSIGN_OR_RETURN(rig->prefill_, attention::PagedPrefill::Create(device, {.q_heads = shape.q_heads,
-                                                                                      .kv_heads = shape.kv_heads,
-                                                                                      .head_dim = shape.head_dim,
-                                                                                      .dtype = shape.dtype,
-                                                                                      .kv_dtype = shape.kv_dtype,
-                                                                                      .layout = shape.layout,
-                                                                                      .page_size = shape.page_size,
-                                                                                      .window = shape.window,
-                                                                                      .scale = shape.scale(),
-                                                                                      .soft_cap = shape.soft_cap}));
+    const attention::PagedPrefillConfig config = {.q_heads = shape.q_heads,
+                                                  .kv_heads = shape.kv_heads,
+                                                  .head_dim = shape.head_dim,
+                                                  .dtype = shape.dtype,
+                                                  .kv_dtype = shape.kv_dtype,
+                                                  .layout = shape.layout,
+                                                  .page_size = shape.page_size,
+                                                  .window = shape.window,
+                                                  .scale = shape.scale(),
+                                                  .soft_cap = shape.soft_cap};
+    PRISTINE_ASSIGN_OR_RETURN(rig->prefill_, options.variant == nullptr
+                                                 ? attention::PagedPrefill::Create(device, config)
+                                                 : attention::PagedPrefill::Create(device, config, *options.variant));
     const size_t row = size_t{1} * shape.q_heads * shape.head_dim * attention::SizeOf(shape.dtype);
     const size_t pool = size_t{1} * options.num_pages * shape.page_size * shape.kv_heads * shape.head_dim *
                         attention::SizeOf(shape.kv_dtype);
@@ -344,19 +352,17 @@ class PrefillRig {
     return absl::OkStatus();
   }
 
-  // "" if the last run's outputs are attention over `step`, zeros and -inf in the rest of the bucket.
-  std::string Check(const Extent& bucket, const PrefillCase& step,
-                    const std::function<bool(int32_t)>& there = nullptr) const {
+  // "" if the last run's outputs are attention over `step`, zeros and -inf in the rest of the bucket. Looks at every
+  // `stride`-th (token, head).
+  std::string Check(const Extent& bucket, const PrefillCase& step, const std::function<bool(int32_t)>& there = nullptr,
+                    int64_t stride = 1) const {
     const OracleRow nothing = {.out = std::vector<double>(shape_.head_dim, 0.0),
                                .lse = -std::numeric_limits<double>::infinity()};
-    for (int32_t token = 0; token < bucket.tokens; ++token) {
-      for (int32_t head = 0; head < shape_.q_heads; ++head) {
-        const OracleRow expected = token < step.tokens() ? step.Expected(token, head, there) : nothing;
-        const size_t place = size_t{1} * token * shape_.q_heads + head;
-        const std::string difference =
-            Difference(expected, &out[place * shape_.head_dim], lse[place], step.Tolerance());
-        if (!difference.empty()) return absl::StrCat("token ", token, ", head ", head, ": ", difference);
-      }
+    for (int64_t place = 0; place < int64_t{bucket.tokens} * shape_.q_heads; place += stride) {
+      const int32_t token = static_cast<int32_t>(place / shape_.q_heads), head = place % shape_.q_heads;
+      const OracleRow expected = token < step.tokens() ? step.Expected(token, head, there) : nothing;
+      const std::string difference = Difference(expected, &out[place * shape_.head_dim], lse[place], step.Tolerance());
+      if (!difference.empty()) return absl::StrCat("token ", token, ", head ", head, ": ", difference);
     }
     return "";
   }
@@ -384,6 +390,62 @@ class PrefillRig {
   std::unique_ptr<attention::StepMetadata> metadata_;
   std::unique_ptr<attention::PagedPrefill> prefill_;
   std::unique_ptr<GraphRunner> runner_;
+};
+
+template <class BackendT>
+class PrefillTest : public DeviceTest<BackendT> {
+ protected:
+  void TearDown() override {
+    if (this->stream_ != nullptr) this->stream_->Synchronize().IgnoreError();
+    rig_.reset();
+    DeviceTest<BackendT>::TearDown();
+  }
+  bool on_host() const { return this->device_->backend() == Backend::kHost; }
+  // The variants for `shape` that this device can run; on Host they are all one.
+  std::vector<const attention::PrefillVariant*> Runnable(const PrefillShape& shape) const {
+    std::vector<const attention::PrefillVariant*> runnable;
+    for (const attention::PrefillVariant& variant : attention::PrefillVariants()) {
+      if (variant.dtype != shape.dtype || variant.kv_dtype != shape.kv_dtype) continue;
+      if (variant.head_dim != shape.head_dim) continue;
+      const int32_t only = variant.only_capability;
+      if (only == 0 || only == this->device_->compute_capability()) runnable.push_back(&variant);
+    }
+    return runnable;
+  }
+  absl::Status Prepare(const PrefillCase& step, const Extent& bucket,
+                       const attention::PrefillVariant* variant = nullptr) {
+    rig_.reset();
+    int32_t longest = 1;
+    for (const int32_t length : step.lengths()) longest = std::max(longest, length);
+    PRISTINE_ASSIGN_OR_RETURN(
+        rig_, PrefillRig::Create(
+                  *this->device_, *this->stream_, step.shape(),
+                  {.buckets = {bucket}, .max_length = longest, .num_pages = step.num_pages(), .variant = variant}));
+    return rig_->Load(step);
+  }
+  // Runs `step` with every variant, eagerly and from a graph: both are attention, and the same bytes.
+  void ExpectAttention(const PrefillCase& step, const Extent& bucket, int64_t stride = 1) {
+    for (const attention::PrefillVariant* const variant : Runnable(step.shape())) {
+      SCOPED_TRACE(absl::StrCat(variant->kernel.name, ": ", step.shape().ToString()));
+      ASSERT_OK(Prepare(step, bucket, variant));
+      ASSERT_OK(rig_->Begin(bucket, step));
+      ASSERT_OK(rig_->RunEagerly(bucket, step));
+      ASSERT_EQ(rig_->Check(bucket, step, nullptr, stride), "");
+      const std::vector<std::byte> eager = rig_->raw_out;
+      ASSERT_OK(rig_->Capture());
+      for (const char* const run : {"first launch", "second launch"}) {
+        ASSERT_OK(rig_->Begin(bucket, step));
+        ASSERT_OK(rig_->Replay(bucket, step));
+        EXPECT_TRUE(rig_->raw_out == eager) << run;
+      }
+    }
+  }
+  // Without slack in the bucket.
+  void ExpectAttention(const PrefillCase& step) {
+    ExpectAttention(step, {step.requests(), std::max(1, step.tokens())});
+  }
+
+  std::unique_ptr<PrefillRig> rig_;
 };
 
 }  // namespace pristine::testing

@@ -271,7 +271,7 @@ class Bench {
   uint64_t seed_ = 0x9E3779B97F4A7C15;
 };
 
-absl::Status Run(const std::string& only) {
+absl::Status Run(const std::vector<std::string>& wanted) {
   PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Bench> bench, Bench::Create());
   std::printf("%s, prefill, bfloat16, float32 states, us per launch; floors at %.2f TB/s and %.0f TFLOP/s\n",
               bench->device_name().c_str(), kBandwidth, kFlops);
@@ -279,7 +279,8 @@ absl::Status Run(const std::string& only) {
               "/floor", "FLA", "faster", "FlashInf", "faster", "FlashQLA", "faster", "rms");
   for (const PrefillPeers& peers : kPrefillPeers) {
     const std::string name = absl::StrCat(peers.qk_heads, "/", peers.v_heads, " ", peers.lengths);
-    if (name.find(only) == std::string::npos) continue;
+    const auto names = [&](const std::string& part) { return name.find(part) != std::string::npos; };
+    if (!wanted.empty() && std::none_of(wanted.begin(), wanted.end(), names)) continue;
     PRISTINE_RETURN_IF_ERROR(bench->Row(peers));
   }
   return absl::OkStatus();
@@ -289,14 +290,15 @@ absl::Status Run(const std::string& only) {
 }  // namespace pristine::benchmarks
 
 int main(int argc, char** argv) {
-  if (argc > 2 || (argc == 2 && argv[1][0] == '-')) {
+  if (argc > 1 && argv[1][0] == '-') {
     std::printf(
-        "usage: gdn_prefill_benchmark [ROWS]\nTimes Gated Delta Net prefill on the first GPU, after checking it. ROWS: "
+        "usage: gdn_prefill_benchmark [ROWS...]\nTimes Gated Delta Net prefill on the first GPU, after checking it. "
+        "each of ROWS: "
         "a part of the rows' names, such as\n\"16/32\" or \"16/32 1x8192\"; default: all.\n"
         "Exit: 0 done, 1 a wrong result or an error, 2 usage.\n");
     return argc == 2 && std::string(argv[1]) == "--help" ? 0 : 2;
   }
-  const absl::Status status = pristine::benchmarks::Run(argc == 2 ? argv[1] : "");
+  const absl::Status status = pristine::benchmarks::Run({argv + 1, argv + argc});
   if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
   return status.ok() ? 0 : 1;
 }

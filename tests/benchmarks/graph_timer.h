@@ -52,7 +52,7 @@ class GraphTimer {
 
 // GB/s of device to device copies, read and written bytes together.
 inline absl::StatusOr<double> CopyBandwidth(Device& device, Stream& stream) {
-  constexpr int64_t kCopyBytes = int64_t{1} << 30;
+  constexpr int64_t kCopyBytes = int64_t{256} << 20;
   PRISTINE_ASSIGN_OR_RETURN(const DeviceBuffer from, device.Allocate(kCopyBytes, "from"));
   PRISTINE_ASSIGN_OR_RETURN(const DeviceBuffer to, device.Allocate(kCopyBytes, "to"));
   PRISTINE_RETURN_IF_ERROR(stream.Fill(from.As<std::byte>(), std::byte{1}));

@@ -10,6 +10,7 @@
 #include "pristine/attention/append_kv.h"
 #include "pristine/attention/decode_plan.h"
 #include "pristine/attention/paged_decode.h"
+#include "pristine/attention/paged_prefill.h"
 #include "pristine/attention/sparse_page_table.h"
 #include "pristine/attention/step_metadata.h"
 #include "pristine/buffers/buffer_manager.h"
@@ -24,6 +25,7 @@ using attention::AppendKv;
 using attention::DecodePlan;
 using attention::DType;
 using attention::PagedDecode;
+using attention::PagedPrefill;
 using attention::SparsePageTable;
 using attention::SparseRowBound;
 using attention::SparseRowLength;
@@ -214,6 +216,72 @@ class SparseWrapper : public conformance::AttentionWrapper {
   std::unique_ptr<PagedDecode> decode_;
 };
 
+// PagedPrefill where each request has one query: an extend step of one token.
+class PrefillWrapper : public conformance::AttentionWrapper {
+ public:
+  static absl::StatusOr<std::unique_ptr<PrefillWrapper>> Create(Device& device, const AttentionShape& shape,
+                                                                int32_t window) {
+    std::unique_ptr<PrefillWrapper> wrapper(new PrefillWrapper(shape));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->manager_, BufferManager::Create(device));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->metadata_,
+                              StepMetadata::Create(*wrapper->manager_, {.max_requests = shape.max_requests(),
+                                                                        .max_tokens = shape.max_requests(),
+                                                                        .page_size = shape.page_size,
+                                                                        .num_pages = shape.num_pages(),
+                                                                        .max_step_pages = shape.max_step_pages(),
+                                                                        .max_length = shape.max_length,
+                                                                        .ragged = true}));
+    PRISTINE_ASSIGN_OR_RETURN(wrapper->prefill_, PagedPrefill::Create(device, {.q_heads = shape.q_heads,
+                                                                               .kv_heads = shape.kv_heads,
+                                                                               .head_dim = shape.head_dim,
+                                                                               .dtype = shape.dtype,
+                                                                               .kv_dtype = shape.dtype,
+                                                                               .page_size = shape.page_size,
+                                                                               .window = window,
+                                                                               .scale = Scale(shape)}));
+    for (int32_t i = 0; i <= shape.max_requests(); ++i) wrapper->qo_indptr_.push_back(i);
+    PRISTINE_RETURN_IF_ERROR(wrapper->manager_->Seal());
+    return wrapper;
+  }
+
+  absl::Status Prepare(Stream& stream, int32_t bucket, const StepValues& step) override {
+    const int32_t real = static_cast<int32_t>(step.lengths.size());
+    StepValues ragged = step;
+    ragged.qo_indptr = absl::MakeConstSpan(qo_indptr_).first(real + 1);
+    PRISTINE_RETURN_IF_ERROR(manager_->BeginStep({bucket, bucket}, {real, real}));
+    PRISTINE_RETURN_IF_ERROR(metadata_->Refill(ragged));
+    return manager_->BeforeReplay(stream, {bucket, bucket}, {real, real});
+  }
+  absl::Status Run(Stream& stream, int32_t bucket, const AttentionTensors& t) override {
+    PRISTINE_RETURN_IF_ERROR(manager_->RecordPrologue(stream, {bucket, bucket}));
+    return prefill_->Run(stream, {bucket, bucket},
+                         {.q = t.q,
+                          .k = t.k,
+                          .v = t.v,
+                          .out = t.out,
+                          .lse = {reinterpret_cast<attention::LseBase2*>(t.lse.address()), t.lse.size()},
+                          .qo_indptr = metadata_->qo_indptr().live,
+                          .kv_indptr = metadata_->kv_indptr().live,
+                          .kv_indices = metadata_->kv_indices().live,
+                          .lengths = metadata_->lengths().live});
+  }
+  std::vector<BoundArray> BoundArrays() override {
+    return {{Kind::kLength, metadata_->lengths().live, shape_.max_length},
+            {Kind::kIndptr, metadata_->kv_indptr().live, shape_.max_step_pages()},
+            {Kind::kIndptr, metadata_->qo_indptr().live, shape_.max_requests()},
+            {Kind::kPageTable, metadata_->kv_indices().live, shape_.num_pages()}};
+  }
+  BufferManager& manager() { return *manager_; }
+
+ private:
+  explicit PrefillWrapper(const AttentionShape& shape) : shape_(shape) {}
+  const AttentionShape shape_;
+  std::vector<int32_t> qo_indptr_;
+  std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<StepMetadata> metadata_;
+  std::unique_ptr<PagedPrefill> prefill_;
+};
+
 template <class BackendT>
 class OurWrappersTest : public DeviceTest<BackendT> {
  protected:
@@ -260,6 +328,19 @@ TYPED_TEST(OurWrappersTest, SparseDecodeConforms) {
   for (const int32_t page_size : {1, 8}) {
     const AttentionShape shape = {.page_size = page_size, .attended = SparseWrapper::Attended};
     ASSERT_OK_AND_ASSIGN(const auto wrapper, SparseWrapper::Create(*this->device_, shape));
+    EXPECT_TRUE(Conforms(*this->stream_, *wrapper, shape));
+    this->ExpectClean(wrapper->manager());
+  }
+}
+
+TYPED_TEST(OurWrappersTest, PrefillConforms) {
+  const auto last_eleven = [](int32_t length, int32_t, int32_t position) { return position >= length - 11; };
+  const std::pair<AttentionShape, int32_t> cases[] = {
+      {{}, 0},
+      {{.dtype = DType::kBFloat16, .q_heads = 4, .kv_heads = 1, .head_dim = 128, .buckets = {2, 5}}, 0},
+      {{.dtype = DType::kBFloat16, .page_size = 1, .buckets = {3, 4}, .attended = last_eleven}, 11}};
+  for (const auto& [shape, window] : cases) {
+    ASSERT_OK_AND_ASSIGN(const auto wrapper, PrefillWrapper::Create(*this->device_, shape, window));
     EXPECT_TRUE(Conforms(*this->stream_, *wrapper, shape));
     this->ExpectClean(wrapper->manager());
   }

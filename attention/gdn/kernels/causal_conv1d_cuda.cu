@@ -1,5 +1,5 @@
-// Eight channels to a thread, 256 to a warp. In a prompt each warp has a run of tokens, whose inputs, and the three
-// before, are on their way before anything else is known. A state is read and written by the warp that has its
+// Four channels to a thread, 128 to a warp: a head. In a prompt each warp has a run of tokens, whose inputs, and the
+// three before, are on their way before anything else is known. A state is read and written by the warp that has its
 // request's first token, and by no other: that warp computes the request's first three tokens, also those beyond its
 // run, so that nobody needs a state that somebody else is writing.
 #include <cuda_bf16.h>
@@ -13,202 +13,174 @@ namespace pristine::attention::gdn {
 namespace {
 
 constexpr int kHistory = 3;
-constexpr int kWarpChannels = 32 * 8;
+constexpr int kTaps = kHistory + 1;
+constexpr int kPer = 4;  // channels of a thread
+constexpr int kWarpChannels = 32 * kPer;
 constexpr int kWarps = 4;  // of a block
 constexpr int kThreads = kWarps * 32;
 constexpr int kRun = 8;  // tokens of a warp
 constexpr int kTileTokens = kWarps * kRun;
-constexpr int kUpdateThreads = 128;
 
-// A thread's channels [first, first + 8) of everything. kVector: all of them are there, and lie in one segment, at
-// addresses that are multiples of 16 bytes.
+template <class T>
+using Four = Pack<T, kPer>;
+
+// z / (1 + exp(-z)), within a few units of float32's last place.
+__device__ float Silu(float z) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.44269504f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+  return z * inverse;
+}
+
+// A thread's channels [first, first + kPer) of everything but the outputs. kVector as in Segments.
 template <class T, bool kVector>
 class Channels {
  public:
-  __device__ Channels(const CausalConv1dParams& p, int first) : p_(p), first_(first), there_(first < p.dim) {
-    if constexpr (kVector) {
-      int segment = 0, at = first;
-      while (segment < 2 && at >= p.out_dim[segment]) at -= p.out_dim[segment++];
-      out_ = static_cast<T*>(p.out[segment]) + at;
-      out_dim_ = p.out_dim[segment];
-    }
-    const int heads_end = p.out_dim[0] + p.out_dim[1];
-    norm_ = first < heads_end ? p.norm_head_dim : 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool exists = first + i < p.dim;
-      bias_[i] = exists && p.bias != nullptr ? AsFloat(static_cast<const T*>(p.bias)[first + i]) : 0;
-    }
-    const T* const weight = static_cast<const T*>(p.weight) + int64_t{first} * kTaps;
-    if constexpr (kVector) {
-      if (!there_) return;
-#pragma unroll
-      for (int i = 0; i < kTaps; ++i) {
-        const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(weight + i * 8);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) weight_[(i * 8 + j) % kTaps][(i * 8 + j) / kTaps] = AsFloat(eight.values[j]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8 * kTaps; ++i) {
-        weight_[i % kTaps][i / kTaps] = first + i / kTaps < p.dim ? AsFloat(weight[i]) : 0;
-      }
-    }
-  }
+  __device__ Channels(const CausalConv1dParams& p, int first)
+      // A thread without channels loads others' and stores nothing: no branch around a load.
+      : p_(p), first_(kVector && first >= p.dim ? 0 : first), count_(min(kPer, p.dim - first)) {}
 
-  __device__ Eight<T> LoadX(int64_t token) const {
-    const T* const from = static_cast<const T*>(p_.x) + token * p_.x_stride + first_;
-    Eight<T> x = {};
-    if constexpr (kVector) {
-      if (there_) x = *reinterpret_cast<const Eight<T>*>(from);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (first_ + i < p_.dim) x.values[i] = from[i];
-      }
-    }
-    return x;
+  __device__ Four<T> LoadX(int64_t token) const {
+    return Load(static_cast<const T*>(p_.x) + token * p_.x_stride + first_, count_);
   }
-
+  __device__ void LoadWeights(float (&weight)[kTaps][kPer], float (&bias)[kPer]) const {
+    const T* const from = static_cast<const T*>(p_.weight) + int64_t{first_} * kTaps;
+#pragma unroll
+    for (int w = 0; w < kTaps; ++w) {
+      const Four<T> four = Load(from + w * kPer, count_ * kTaps - w * kPer);
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) weight[(w * kPer + i) % kTaps][(w * kPer + i) / kTaps] = four.Float(i);
+    }
+    Four<T> four = {};
+    if (p_.bias != nullptr) four = Load(static_cast<const T*>(p_.bias) + first_, count_);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) bias[i] = four.Float(i);
+  }
   // history[0] is the oldest.
-  __device__ void LoadState(int slot, Eight<T> (&history)[kHistory]) const {
+  __device__ void LoadState(int slot, Four<T> (&history)[kHistory]) const {
     const T* const from = State(slot);
-    if constexpr (kVector) {
-      if (!there_) return;
 #pragma unroll
-      for (int i = 0; i < kHistory; ++i) {
-        const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(from + i * 8);
+    for (int w = 0; w < kHistory; ++w) {
+      const Four<T> four = Load(from + w * kPer, count_ * kHistory - w * kPer);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) history[(i * 8 + j) % kHistory].values[(i * 8 + j) / kHistory] = eight.values[j];
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8 * kHistory; ++i) {
-        if (first_ + i / kHistory < p_.dim) history[i % kHistory].values[i / kHistory] = from[i];
+      for (int i = 0; i < kPer; ++i) {
+        history[(w * kPer + i) % kHistory].SetBits((w * kPer + i) / kHistory, four.Bits(i));
       }
     }
   }
-  __device__ void StoreState(int slot, const Eight<T> (&history)[kHistory]) const {
+  __device__ void StoreState(int slot, const Four<T> (&history)[kHistory]) const {
+    if (count_ <= 0) return;
     T* const to = State(slot);
-    if constexpr (kVector) {
-      if (!there_) return;
 #pragma unroll
-      for (int i = 0; i < kHistory; ++i) {
-        Eight<T> eight;
+    for (int w = 0; w < kHistory; ++w) {
+      Four<T> four = {};
 #pragma unroll
-        for (int j = 0; j < 8; ++j) eight.values[j] = history[(i * 8 + j) % kHistory].values[(i * 8 + j) / kHistory];
-        *reinterpret_cast<Eight<T>*>(to + i * 8) = eight;
+      for (int i = 0; i < kPer; ++i)
+        four.SetBits(i, history[(w * kPer + i) % kHistory].Bits((w * kPer + i) / kHistory));
+      if constexpr (kVector) {
+        *reinterpret_cast<Four<T>*>(to + w * kPer) = four;
+      } else {
+        using Bits = typename BitsOf<T>::Type;
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+          if (w * kPer + i < count_ * kHistory)
+            reinterpret_cast<Bits*>(to)[w * kPer + i] = static_cast<Bits>(four.Bits(i));
+        }
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8 * kHistory; ++i) {
-        if (first_ + i / kHistory < p_.dim) to[i] = history[i % kHistory].values[i / kHistory];
-      }
     }
-  }
-
-  // The token whose inputs are the last of the four. All threads of the warp call it.
-  __device__ void StoreToken(int64_t token, const Eight<T>& a, const Eight<T>& b, const Eight<T>& c,
-                             const Eight<T>& d) const {
-    Eight<T> y;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float sum = fmaf(weight_[0][i], AsFloat(a.values[i]), bias_[i]);
-      sum = fmaf(weight_[1][i], AsFloat(b.values[i]), sum);
-      sum = fmaf(weight_[2][i], AsFloat(c.values[i]), sum);
-      sum = fmaf(weight_[3][i], AsFloat(d.values[i]), sum);
-      Assign(y.values[i], __fdividef(sum, 1.f + __expf(-sum)));
-    }
-    // A warp has heads that are normalised beside channels that are not.
-    if (__any_sync(0xffffffffu, norm_ != 0)) {
-      Eight<T> normalised = y;
-      NormaliseHead(normalised, p_.norm_head_dim);
-      if (norm_ != 0) y = normalised;
-    }
-    Store(token, y);
-  }
-  __device__ void StoreZeros(int64_t token) const {
-    Eight<T> zeros;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) Assign(zeros.values[i], 0.f);
-    Store(token, zeros);
   }
 
  private:
-  static constexpr int kTaps = kHistory + 1;
-
+  static __device__ Four<T> Load(const T* from, int count) {
+    if constexpr (kVector) return *reinterpret_cast<const Four<T>*>(from);
+    return LoadElements<kPer>(from, 1, count);
+  }
   __device__ T* State(int slot) const {
     return static_cast<T*>(p_.states) + slot * p_.slot_stride + int64_t{first_} * kHistory;
   }
-  __device__ void Store(int64_t token, const Eight<T>& y) const {
-    if constexpr (kVector) {
-      if (there_) *reinterpret_cast<Eight<T>*>(out_ + token * out_dim_) = y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        int segment = 0, at = first_ + i;
-        if (at >= p_.dim) return;
-        while (segment < 2 && at >= p_.out_dim[segment]) at -= p_.out_dim[segment++];
-        static_cast<T*>(p_.out[segment])[token * p_.out_dim[segment] + at] = y.values[i];
-      }
-    }
-  }
 
   const CausalConv1dParams& p_;
-  int first_, norm_;
-  bool there_;
-  T* out_;
-  int64_t out_dim_;
-  float weight_[kTaps][8];
-  float bias_[8];
+  const int first_, count_;
 };
 
-__device__ bool HasSlot(const CausalConv1dParams& p, int request) {
-  const int slot = p.cache_indices[request];
-  return slot >= 0 && slot < p.slots;
-}
+// Computes tokens of a thread's channels.
+template <class T, bool kVector>
+class Convolution {
+ public:
+  __device__ Convolution(const CausalConv1dParams& p, const Channels<T, kVector>& channels, int first)
+      : segments_(p.out, p.out_dim, first), norm_(first < p.out_dim[0] + p.out_dim[1] ? p.norm_head_dim : 0) {
+    channels.LoadWeights(weight_, bias_);
+  }
+  // kTokens tokens from `token` on; x starts with the three inputs before. All threads of the warp call it.
+  template <int kTokens>
+  __device__ void StoreTokens(int64_t token, const Four<T> (&x)[kHistory + kTokens]) const {
+    Four<T> y[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      float values[kPer];
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        float sum = bias_[i];
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) sum = fmaf(weight_[tap][i], x[t + tap].Float(i), sum);
+        values[i] = Silu(sum);
+      }
+      y[t].Set(values);
+    }
+    if (__any_sync(0xffffffffu, norm_ != 0)) NormaliseHeads(y, norm_);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) segments_.Store(token + t, y[t]);
+  }
+  __device__ void StoreZeros(int64_t token) const { segments_.Store(token, {}); }
+
+ private:
+  const Segments<T, kPer, kVector> segments_;
+  const int norm_;  // of this thread's head
+  float weight_[kTaps][kPer];
+  float bias_[kPer];
+};
 
 // Walks along the requests as tokens rise. What breaks the rule of cu_seqlens ends up without a request or in a wrong
 // one, and within [0, tokens).
 class Walk {
  public:
   // Token `token` is in request `request` or later.
-  __device__ Walk(const CausalConv1dParams& p, int request, int64_t token)
-      : p_(p), total_(min(int64_t{p.cu_seqlens[p.requests]}, p.tokens)), request_(request) {
+  __device__ Walk(const CausalConv1dParams& p, int request, int token)
+      : p_(p), total_(min(p.cu_seqlens[p.requests], static_cast<int>(p.tokens))), request_(request) {
     Enter();
     To(token);
   }
-  __device__ void To(int64_t token) {
+  __device__ void To(int token) {
     if (token >= total_) request_ = p_.requests;
     while (request_ < p_.requests && end_ <= token) {
       ++request_;
       Enter();
     }
-    live_ = request_ < p_.requests && has_slot_ && start_ <= token;
   }
-  // Of the token last gone to: whether it is one of a request with a slot; if so, that request and its tokens.
-  __device__ bool live() const { return live_; }
+  // Of the token last gone to: its request, that request's tokens, and whether it is a request with a slot at all.
   __device__ int request() const { return request_; }
-  __device__ int64_t start() const { return start_; }
-  __device__ int64_t end() const { return min(end_, total_); }
+  __device__ int start() const { return start_; }
+  __device__ int end() const { return min(end_, total_); }
+  __device__ bool Live(int token) const { return request_ < p_.requests && has_slot_ && start_ <= token; }
 
  private:
   __device__ void Enter() {
     if (request_ >= p_.requests) return;
     start_ = max(p_.cu_seqlens[request_], 0);
     end_ = p_.cu_seqlens[request_ + 1];
-    has_slot_ = HasSlot(p_, request_);
+    const int slot = p_.cache_indices[request_];
+    has_slot_ = slot >= 0 && slot < p_.slots;
   }
 
   const CausalConv1dParams& p_;
-  const int64_t total_;
-  int64_t start_ = 0, end_ = 0;
+  const int total_;
+  int start_ = 0, end_ = 0;
   int request_;
-  bool has_slot_ = false, live_ = false;
+  bool has_slot_ = false;
 };
 
 // How many requests end at or before `token`: where it walks from. All threads of the block call it.
-__device__ int RequestsBefore(const CausalConv1dParams& p, int64_t token) {
+__device__ int RequestsBefore(const CausalConv1dParams& p, int token) {
   int before = 0;
   for (int first = 0; first < p.requests; first += kThreads) {
     const int r = first + static_cast<int>(threadIdx.x);
@@ -217,19 +189,25 @@ __device__ int RequestsBefore(const CausalConv1dParams& p, int64_t token) {
   return before;
 }
 
+__device__ void StoreGate(const GatesParams& gates, int64_t token, int head, bool live) {
+  const Gate gate = live ? GateOf(gates, token, head) : Gate{0, 0};
+  gates.g[token * gates.v_heads + head] = gate.g;
+  gates.beta[token * gates.v_heads + head] = gate.beta;
+}
+
+// Leaves what the request's first token looks back to in x, and the last three inputs of all in its state.
 template <class T, bool kVector>
 __device__ void StartRequest(const CausalConv1dParams& p, const Channels<T, kVector>& channels, const Walk& walk,
-                             Eight<T> (&history)[kHistory]) {
+                             Four<T> (&x)[kTaps]) {
   const int slot = p.cache_indices[walk.request()];
-#pragma unroll
-  for (int i = 0; i < kHistory; ++i) history[i] = {};
+  Four<T> history[kHistory] = {};
   if (p.has_initial_state == nullptr || p.has_initial_state[walk.request()] != 0) channels.LoadState(slot, history);
-  // The last three of history and tokens.
-  const int64_t tokens = walk.end() - walk.start();
-  Eight<T> last[kHistory];
+  const int tokens = walk.end() - walk.start();
+  Four<T> last[kHistory];
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) {
-    const int64_t at = tokens + i - kHistory;
+    x[i] = history[i];
+    const int at = tokens + i - kHistory;
     if (at >= 0) {
       last[i] = channels.LoadX(walk.start() + at);
     } else {
@@ -239,74 +217,74 @@ __device__ void StartRequest(const CausalConv1dParams& p, const Channels<T, kVec
   channels.StoreState(slot, last);
 }
 
+// A warp's run where a request starts or ends: token by token.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 3) CausalConvKernel(const __grid_constant__ CausalConv1dParams p) {
-  const int channel_tiles = (p.dim + kWarpChannels - 1) / kWarpChannels;
-  const int tiles = channel_tiles + (p.gates.g == nullptr ? 0 : 1);
-  const int64_t block_token = static_cast<int64_t>(blockIdx.x / tiles) * kTileTokens;
-  const int tile = blockIdx.x % tiles;
-  if (tile == channel_tiles) {
-    const int before = RequestsBefore(p, block_token);
-    const int heads = p.gates.v_heads;
-    const int tokens = static_cast<int>(min(int64_t{kTileTokens}, p.tokens - block_token));
-    for (int i = threadIdx.x; i < tokens * heads; i += kThreads) {
-      const int64_t token = block_token + i / heads;
-      const bool live = Walk(p, before, token).live();
-      const Gate gate = live ? GateOf(p.gates, token, i % heads) : Gate{0, 0};
-      p.gates.g[token * heads + i % heads] = gate.g;
-      p.gates.beta[token * heads + i % heads] = gate.beta;
-    }
-    return;
-  }
-  const int lane = threadIdx.x % 32;
-  const int64_t first = block_token + static_cast<int>(threadIdx.x) / 32 * kRun;
-  const Channels<T, kVector> channels(p, tile * kWarpChannels + lane * 8);
-  Eight<T> x[kHistory + kRun];
+__device__ void StoreRun(const CausalConv1dParams& p, const Channels<T, kVector>& channels,
+                         const Convolution<T, kVector>& convolution, Walk walk, int first) {
+  Four<T> x[kTaps];  // the last is the token's own
 #pragma unroll
-  for (int i = 0; i < kHistory + kRun; ++i) {
-    const int64_t token = first - kHistory + i;
-    x[i] = {};
-    if (token >= 0 && token < p.tokens) x[i] = channels.LoadX(token);
-  }
-  const int before = RequestsBefore(p, block_token);
-  if (first >= p.tokens) return;
-  Walk walk(p, before, first);
-  if (walk.live() && walk.start() + kHistory <= first && first + kRun <= walk.end()) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) channels.StoreToken(first + i, x[i], x[i + 1], x[i + 2], x[i + 3]);
-    return;
-  }
-
-  // Some request starts or ends here: token by token, and x once more, from the L1 cache.
-  Eight<T> history[kHistory] = {};
-#pragma unroll
-  for (int i = 0; i < kHistory; ++i) {
-    if (first + i >= kHistory) history[i] = channels.LoadX(first + i - kHistory);
-  }
+  for (int i = 0; i < kHistory; ++i) x[i] = channels.LoadX(max(first + i - kHistory, 0));
   bool met_start = false;  // of the request that the token is in
-  for (int64_t token = first; token < p.tokens; ++token) {
+  for (int token = first; token < p.tokens; ++token) {
     walk.To(token);
-    const bool early = walk.live() && token < walk.start() + kHistory;
+    const bool live = walk.Live(token), early = live && token < walk.start() + kHistory;
     if (token >= first + kRun && !(early && met_start && token > walk.start())) return;
-    if (!walk.live()) {
-      channels.StoreZeros(token);
+    if (!live) {
+      convolution.StoreZeros(token);
       continue;
     }
     if (token == walk.start()) {
       met_start = true;
-      StartRequest(p, channels, walk, history);
+      StartRequest(p, channels, walk, x);
     }
-    const Eight<T> now = channels.LoadX(token);
-    if (!early || met_start) channels.StoreToken(token, history[0], history[1], history[2], now);
-    history[0] = history[1];
-    history[1] = history[2];
-    history[2] = now;
+    x[kHistory] = channels.LoadX(token);
+    if (!early || met_start) convolution.template StoreTokens<1>(token, x);
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) x[i] = x[i + 1];
   }
 }
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kUpdateThreads) CausalConvUpdateKernel(const __grid_constant__ CausalConv1dParams p) {
-  constexpr int kBlockChannels = kUpdateThreads * 8;
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kVector ? 6 : 4)
+    CausalConvKernel(const __grid_constant__ CausalConv1dParams p) {
+  const int channel_tiles = (p.dim + kWarpChannels - 1) / kWarpChannels;
+  const int tiles = channel_tiles + (p.gates.g == nullptr ? 0 : 1);
+  const int block_token = static_cast<int>(blockIdx.x) / tiles * kTileTokens;
+  const int tile = static_cast<int>(blockIdx.x) % tiles;
+  const int all = static_cast<int>(p.tokens);
+  if (tile == channel_tiles) {
+    const int before = RequestsBefore(p, block_token);
+    const int heads = p.gates.v_heads, tokens = min(kTileTokens, all - block_token);
+    const Walk walk(p, before, block_token);
+    const bool one_request = walk.Live(block_token) && block_token + tokens <= walk.end();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < tokens * heads; i += kThreads) {
+      const int token = block_token + i / heads;
+      StoreGate(p.gates, token, i % heads, one_request || Walk(p, before, token).Live(token));
+    }
+    return;
+  }
+  const int first_channel = tile * kWarpChannels + static_cast<int>(threadIdx.x) % 32 * kPer;
+  const int first = block_token + static_cast<int>(threadIdx.x) / 32 * kRun;
+  const Channels<T, kVector> channels(p, first_channel);
+  // A token outside is loaded from the edge, for nothing, and without a branch around the load.
+  Four<T> x[kHistory + kRun];
+#pragma unroll
+  for (int i = 0; i < kHistory + kRun; ++i) x[i] = channels.LoadX(min(max(first - kHistory + i, 0), all - 1));
+  const Convolution<T, kVector> convolution(p, channels, first_channel);
+  const int before = RequestsBefore(p, block_token);
+  if (first >= all) return;
+  const Walk walk(p, before, first);
+  if (walk.Live(first) && walk.start() + kHistory <= first && first + kRun <= walk.end()) {
+    convolution.template StoreTokens<kRun>(first, x);
+  } else {
+    StoreRun(p, channels, convolution, walk, first);
+  }
+}
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads) CausalConvUpdateKernel(const __grid_constant__ CausalConv1dParams p) {
+  constexpr int kBlockChannels = kThreads * kPer;
   const int channel_tiles = (p.dim + kBlockChannels - 1) / kBlockChannels;
   const int row = blockIdx.y;
   const int64_t first = int64_t{row} * p.row_tokens;
@@ -314,57 +292,57 @@ __global__ void __launch_bounds__(kUpdateThreads) CausalConvUpdateKernel(const _
   const bool live = slot >= 0 && slot < p.slots;
   if (static_cast<int>(blockIdx.x) == channel_tiles) {
     const int heads = p.gates.v_heads;
-    for (int i = threadIdx.x; i < p.row_tokens * heads; i += kUpdateThreads) {
-      const int64_t token = first + i / heads;
-      const Gate gate = live ? GateOf(p.gates, token, i % heads) : Gate{0, 0};
-      p.gates.g[token * heads + i % heads] = gate.g;
-      p.gates.beta[token * heads + i % heads] = gate.beta;
+    for (int i = threadIdx.x; i < p.row_tokens * heads; i += kThreads) {
+      StoreGate(p.gates, first + i / heads, i % heads, live);
     }
     return;
   }
-  const Channels<T, kVector> channels(
-      p, static_cast<int>(blockIdx.x) * kBlockChannels + static_cast<int>(threadIdx.x) * 8);
+  const int first_channel = static_cast<int>(blockIdx.x) * kBlockChannels + static_cast<int>(threadIdx.x) * kPer;
+  const Channels<T, kVector> channels(p, first_channel);
+  Four<T> x[kTaps];
+  x[kHistory] = channels.LoadX(first);
+  const Convolution<T, kVector> convolution(p, channels, first_channel);
   const bool wanted = p.out[0] != nullptr;
   if (!live) {
-    for (int t = 0; wanted && t < p.row_tokens; ++t) channels.StoreZeros(first + t);
+    for (int t = 0; wanted && t < p.row_tokens; ++t) convolution.StoreZeros(first + t);
     return;
   }
   const int tokens = p.lengths == nullptr ? p.row_tokens : min(max(p.lengths[row], 0), p.row_tokens);
   if (tokens == 0) return;
-  Eight<T> now = channels.LoadX(first);
-  Eight<T> history[kHistory] = {};
+  Four<T> history[kHistory] = {};
   channels.LoadState(slot, history);
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) x[i] = history[i];
   for (int t = 0; t < tokens; ++t) {
-    if (t > 0) now = channels.LoadX(first + t);
-    if (wanted) channels.StoreToken(first + t, history[0], history[1], history[2], now);
-    history[0] = history[1];
-    history[1] = history[2];
-    history[2] = now;
+    if (t > 0) x[kHistory] = channels.LoadX(first + t);
+    if (wanted) convolution.template StoreTokens<1>(first + t, x);
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) x[i] = history[i] = x[i + 1];
   }
   if (p.store) channels.StoreState(slot, history);
 }
 
-// Whether eight channels that follow each other lie in one segment, at multiples of 16 bytes everywhere.
+// Whether a thread's channels lie in one segment, at multiples of a Pack's size everywhere.
 bool TakesVectors(const CausalConv1dParams& p) {
   const auto element = static_cast<int64_t>(SizeOf(p.dtype));
-  uintptr_t bits =
-      reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) | reinterpret_cast<uintptr_t>(p.states);
+  uintptr_t bits = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
+                   reinterpret_cast<uintptr_t>(p.bias) | reinterpret_cast<uintptr_t>(p.states);
   bits |= static_cast<uintptr_t>(p.x_stride * element) | static_cast<uintptr_t>(p.slot_stride * element);
-  bool whole = p.dim % 8 == 0;
+  bool whole = p.dim % kPer == 0;
   for (int i = 0; i < 3; ++i) {
     bits |= reinterpret_cast<uintptr_t>(p.out[i]);
-    whole = whole && p.out_dim[i] % 8 == 0;
+    whole = whole && p.out_dim[i] % kPer == 0;
   }
-  return whole && bits % 16 == 0;
+  return whole && bits % static_cast<uintptr_t>(kPer * element) == 0;
 }
 
 template <class T, bool kVector>
 int LaunchConv(CUstream_st* stream, const CausalConv1dParams& p) {
   const unsigned gates = p.gates.g == nullptr ? 0 : 1;
   if (p.cu_seqlens == nullptr) {
-    const unsigned tiles = static_cast<unsigned>((p.dim + kUpdateThreads * 8 - 1) / (kUpdateThreads * 8));
-    CausalConvUpdateKernel<T, kVector>
-        <<<dim3(tiles + gates, static_cast<unsigned>(p.requests)), kUpdateThreads, 0, stream>>>(p);
+    const unsigned tiles = static_cast<unsigned>((p.dim + kThreads * kPer - 1) / (kThreads * kPer));
+    const dim3 grid(tiles + gates, static_cast<unsigned>(p.requests));
+    CausalConvUpdateKernel<T, kVector><<<grid, kThreads, 0, stream>>>(p);
   } else {
     const unsigned tiles = static_cast<unsigned>((p.dim + kWarpChannels - 1) / kWarpChannels);
     const int64_t blocks = (p.tokens + kTileTokens - 1) / kTileTokens * (tiles + gates);

@@ -9,6 +9,11 @@
 
 #include "attention/gdn/kernels/prefill.h"
 
+// Both kernels need Hopper: other device compilations leave them empty (Prefill::Create refuses other devices).
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PRISTINE_GDN_PREFILL 1
+#endif
+
 namespace pristine::attention::gdn {
 
 inline constexpr int kDim = 128;  // K and V

@@ -40,6 +40,8 @@ constexpr int SharedBytes() {
   return sizeof(StatesShared<kGroups>);
 }
 
+#ifdef PRISTINE_GDN_PREFILL
+
 __device__ void InitBarrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(count) : "memory");
 }
@@ -64,8 +66,6 @@ __device__ void CopyBulk(void* to, const void* from, int bytes, uint64_t* barrie
                "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
                : "memory");
 }
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Registers that wgmma reads or writes are ready.
 __device__ void FenceRegisters() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -149,14 +149,14 @@ __device__ void Produce(const PrefillParams& p, StatesShared<kGroups>& shared, c
     const int64_t token = span.begin + c * kChunk;
     const int valid = min(span.length - c * kChunk, kChunk);
     const uint32_t k_to = SharedAddress(stage.k) + qk_offset, q_to = SharedAddress(stage.q) + qk_offset;
-#pragma unroll
+#pragma unroll 2  // few registers: the consumers have them
     for (int i = 0; i < 8; ++i) {
       const int row = i * 8 + tid / 16;
       const int64_t at = token + min(row, valid - 1);
       CopyAsync(k_to + i * 1024, k + at * p.k_stride, row < valid);
       CopyAsync(q_to + i * 1024, q + at * p.q_stride, row < valid);
     }
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < kChunk / kVRows; ++i) {
       const int row = i * kVRows + tid / kVWords, word = tid % 8;
       const int64_t at = token + min(row, valid - 1);
@@ -322,13 +322,13 @@ __device__ void Consume(const PrefillParams& p, StatesShared<kGroups>& shared, c
   ForStatePairs(to, row, lane, [&](State* at, int i) { StorePair(at, make_float2(s[i], s[i + 1])); });
 }
 
-#endif
+#endif  // PRISTINE_GDN_PREFILL
 
 // grid: x = v_heads * v_parts, y = sequences.
 template <int kGroups, class State>
 __global__ void __launch_bounds__((kGroups + 1) * kGroup, 1)
     GdnPrefillStatesKernel(const __grid_constant__ PrefillParams p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef PRISTINE_GDN_PREFILL
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<StatesShared<kGroups>*>(memory);
   constexpr int kParts = 2 / kGroups;

@@ -67,10 +67,13 @@ class PagedPrefill {
   // outside the ranges above. UNIMPLEMENTED: no kernel for head_dim, dtype and kv_dtype (the message lists those there
   // are), or built without CUDA.
   static absl::StatusOr<std::unique_ptr<PagedPrefill>> Create(Device& device, const PagedPrefillConfig& config);
+  // For tests and benchmarks: `variant`, which must fit `config`, rather than the one that the device would get.
+  static absl::StatusOr<std::unique_ptr<PagedPrefill>> Create(Device& device, const PagedPrefillConfig& config,
+                                                              const PrefillVariant& variant);
 
   // Queues one kernel (none where bucket.tokens is 0). Captureable: allocates nothing, reads no host memory, does not
-  // block. INVALID_ARGUMENT: a stream of another device, a bucket without requests, a tensor too small for `bucket` or
-  // not aligned (name, size, need), both or neither kind of page table.
+  // block. INVALID_ARGUMENT: a stream of another device, a bucket without requests or with 2^31 tokens * q_heads, a
+  // tensor too small for `bucket` or not aligned (name, size, need), both or neither kind of page table.
   absl::Status Run(Stream& stream, const Extent& bucket, const PrefillTensors& tensors) const;
 
   const PagedPrefillConfig& config() const { return config_; }

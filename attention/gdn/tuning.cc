@@ -1,0 +1,109 @@
+#include "pristine/attention/gdn/tuning.h"
+
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "pristine/graph_runtime/status.h"
+
+namespace pristine::attention::gdn {
+namespace {
+
+std::string ToText(const GdnTuning& t) {
+  return absl::StrCat("BV ", t.bv, ", ", t.num_warps, " warps, ", t.num_stages, " stages");
+}
+
+bool SameTile(const GdnTuning& a, const GdnTuning& b) { return a.bv == b.bv && a.num_warps == b.num_warps; }
+
+// Of the compiled ones with `tuning`'s tile and warps that fit, the one with the most stages; null: none.
+const GdnTuning* MostStages(const GdnTuning& tuning, const TunableKernel& kernel, int64_t cap) {
+  const GdnTuning* best = nullptr;
+  for (const GdnTuning& c : kernel.compiled) {
+    if (SameTile(c, tuning) && kernel.shared_bytes(c) <= cap && (best == nullptr || c.num_stages > best->num_stages)) {
+      best = &c;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+absl::StatusOr<GdnTuning> ParseGdnTuning(absl::FunctionRef<const char*(const char* name)> get) {
+  GdnTuning tuning;
+  const struct {
+    const char* name;
+    int32_t* to;
+  } variables[] = {{"PRISTINE_GDN_CHUNK_H_BV", &tuning.bv},
+                   {"PRISTINE_GDN_CHUNK_H_NUM_WARPS", &tuning.num_warps},
+                   {"PRISTINE_GDN_CHUNK_H_NUM_STAGES", &tuning.num_stages}};
+  for (const auto& variable : variables) {
+    const char* const text = get(variable.name);
+    if (text == nullptr) continue;
+    const char* const end = text + std::strlen(text);
+    int32_t value = 0;
+    const std::from_chars_result result = std::from_chars(text, end, value);
+    if (result.ec != std::errc() || result.ptr != end || value < 1) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          variable.name, " is \"", text, "\"; must be a whole number of at least 1, or not set (", *variable.to, ")"));
+    }
+    *variable.to = value;
+    tuning.from_environment = true;
+  }
+  return tuning;
+}
+
+absl::StatusOr<GdnTuning> GdnTuningFromEnvironment() {
+  return ParseGdnTuning([](const char* name) -> const char* { return std::getenv(name); });
+}
+
+absl::Status CheckTuning(const GdnTuning& tuning, const TunableKernel& kernel, int64_t shared_bytes_per_block) {
+  const GdnTuning* found = nullptr;
+  std::string compiled;
+  for (const GdnTuning& c : kernel.compiled) {
+    if (SameTile(c, tuning) && c.num_stages == tuning.num_stages) found = &c;
+    absl::StrAppend(&compiled, compiled.empty() ? "" : "; ", ToText(c));
+  }
+  if (found == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat(kernel.name, ": ", ToText(tuning), " (PRISTINE_GDN_CHUNK_H_*)",
+                                                   " is not compiled; there is ", compiled));
+  }
+  const int64_t need = kernel.shared_bytes(*found);
+  if (need <= shared_bytes_per_block) return absl::OkStatus();
+  const GdnTuning* const most = MostStages(tuning, kernel, shared_bytes_per_block);
+  return absl::InvalidArgumentError(absl::StrCat(
+      kernel.name, ": ", ToText(tuning), " needs ", need, " bytes of shared memory per block, the device has ",
+      shared_bytes_per_block, "; ",
+      most == nullptr ? "no number of stages fits: set PRISTINE_GDN_CHUNK_H_BV lower"
+                      : absl::StrCat("PRISTINE_GDN_CHUNK_H_NUM_STAGES may be at most ", most->num_stages)));
+}
+
+TuningPolicy::TuningPolicy(OnBadTuning on_bad, std::function<void(const std::string&)> warn)
+    : on_bad_(on_bad), warn_(std::move(warn)) {}
+
+absl::StatusOr<GdnTuning> TuningPolicy::Choose(const GdnTuning& asked, const TunableKernel& kernel,
+                                               int64_t shared_bytes_per_block) {
+  const absl::Status status = CheckTuning(asked, kernel, shared_bytes_per_block);
+  if (status.ok()) return asked;
+  if (on_bad_ == OnBadTuning::kError) return status;
+  const GdnTuning* chosen = MostStages(asked, kernel, shared_bytes_per_block);
+  for (const GdnTuning& c : kernel.compiled) {
+    if (chosen == nullptr && kernel.shared_bytes(c) <= shared_bytes_per_block) chosen = &c;
+  }
+  if (chosen == nullptr) return status;
+  if (fallbacks_++ == 0) {
+    const std::string text = absl::StrCat(status.message(), "; falling back to ", ToText(*chosen));
+    if (warn_ != nullptr) {
+      warn_(text);
+    } else {
+      std::fprintf(stderr, "%s\n", text.c_str());
+    }
+  }
+  GdnTuning result = *chosen;
+  result.from_environment = asked.from_environment;
+  return result;
+}
+
+}  // namespace pristine::attention::gdn

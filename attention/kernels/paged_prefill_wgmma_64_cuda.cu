@@ -1,0 +1,24 @@
+// Prefill kernels over wgmma, head_dim 64.
+#include "attention/kernels/paged_prefill_kernel.cuh"
+
+namespace pristine::attention {
+
+template <class T, class KV, int kHeadDim>
+int PagedPrefillWgmmaCuda(CUstream_st* stream, const PagedPrefillParams& params) {
+  return LaunchPagedPrefill<T, KV, kHeadDim, prefill::Unit::kWgmma>(stream, params);
+}
+template <class T, class KV, int kHeadDim>
+int PreparePagedPrefillWgmma() {
+  return PreparePagedPrefill<T, KV, kHeadDim, prefill::Unit::kWgmma>();
+}
+
+#define PRISTINE_PREFILL(T, KV)                                                           \
+  template int PagedPrefillWgmmaCuda<T, KV, 64>(CUstream_st*, const PagedPrefillParams&); \
+  template int PreparePagedPrefillWgmma<T, KV, 64>();
+PRISTINE_PREFILL(Float16, Float16)
+PRISTINE_PREFILL(Float16, Float8E4M3)
+PRISTINE_PREFILL(BFloat16, BFloat16)
+PRISTINE_PREFILL(BFloat16, Float8E4M3)
+#undef PRISTINE_PREFILL
+
+}  // namespace pristine::attention
