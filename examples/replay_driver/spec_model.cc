@@ -41,6 +41,7 @@ attention::StepAttentionConfig AttentionConfig(const SpecConfig& config, SpecPha
                      .decode_draft_extend = config.draft_extend == DraftExtend::kFixedDecode};
   attention.buckets = config.buckets(phase);
   attention.scale = 1.0f / std::sqrt(static_cast<float>(config.model.head_dim));
+  attention.scheduler = config.model.scheduler;
   return attention;
 }
 

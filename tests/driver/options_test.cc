@@ -43,11 +43,11 @@ TEST(Options, AFileRunsToItsEnd) {
 TEST(Options, HelpNamesEveryOptionOfTheIssue) {
   const std::string help = HelpText();
   for (const char* name :
-       {"device",  "trace",  "format",        "steps",        "repeat",    "step-ms",       "max-batch",
-        "buckets", "dtype",  "heads",         "kv-heads",     "head-dim",  "page-size",     "kv-tokens",
-        "layers",  "window", "sparse-block",  "topk-blocks",  "kv-groups", "dense-len",     "plan-from",
-        "restore", "check",  "compare-eager", "compare-rows", "overlap",   "staging-slots", "inject",
-        "seed",    "report", "quiet"}) {
+       {"device",    "trace",   "format",       "steps",         "repeat",       "step-ms",   "max-batch",
+        "buckets",   "dtype",   "heads",        "kv-heads",      "head-dim",     "page-size", "kv-tokens",
+        "layers",    "window",  "sparse-block", "topk-blocks",   "kv-groups",    "dense-len", "scheduler",
+        "plan-from", "restore", "check",        "compare-eager", "compare-rows", "overlap",   "staging-slots",
+        "inject",    "seed",    "report",       "quiet"}) {
     EXPECT_NE(help.find(std::string("  --") + name), std::string::npos) << name;
   }
   // A value that --help asks for is not needed to be understood: everything else may be wrong.
@@ -96,6 +96,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--kv-tokens=8", "--page-size=16"}, "--kv-tokens=8: expected at least one page, which is 16 tokens"},
         BadCase{{"--sparse-block=65536", "--topk-blocks=65536"}, "expected a product that fits in 31 bits"},
         BadCase{{"--kv-tokens=268435456", "--heads=64", "--kv-heads=64", "--kv-groups=64"}, "fits in 31 bits"},
+        BadCase{{"--inject=stale-plan"}, "--inject=stale-plan: expected --scheduler=host"},
+        BadCase{{"--scheduler=gpu"}, "--scheduler=gpu: expected one of device, host"},
         BadCase{{"--plan-from=hope"}, "--plan-from=hope: expected one of lengths, live"},
         BadCase{{"--restore=on"}, "--restore=on: expected one of graph, stream, off"},
         BadCase{{"--overlap=maybe"}, "--overlap=maybe: expected one of off, on, both"},
