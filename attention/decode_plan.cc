@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int32_t kMinChunk = 128;  // tokens; a smaller item costs more to merge than it saves
 constexpr int32_t kChunkUnit = 16;
-constexpr int32_t kMaxRows = 8192;  // their prefix sums are in the decode kernel's shared memory
 
 int64_t Rows(const DecodePlanConfig& config, const Extent& bucket) {
   return int64_t{config.rows_per_request} * bucket.requests;
@@ -184,9 +183,10 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
     if (std::find(config.buckets.begin(), config.buckets.begin() + i, bucket) != config.buckets.begin() + i) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " is given twice"));
     }
-    if (Rows(config, bucket) > kMaxRows) {
+    if (Rows(config, bucket) > DecodeMaxRows(config.head_dim)) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ",
-                                                     Rows(config, bucket), " rows, must be at most ", kMaxRows));
+                                                     Rows(config, bucket), " rows, must be at most ",
+                                                     DecodeMaxRows(config.head_dim)));
     }
     const int32_t packed = config.q_heads / config.kv_heads * config.q_len;
     const int32_t tile =

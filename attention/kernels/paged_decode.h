@@ -82,6 +82,8 @@ constexpr int64_t DecodeUnits(int32_t kv_heads, int32_t head_dim, int32_t packed
 // most so many query heads times query tokens.
 constexpr int32_t kDecodeTileRows = 32;
 constexpr int32_t DecodeBlocksPerMultiprocessor(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
+// Their prefix sums are in a block's shared memory.
+constexpr int32_t DecodeMaxRows(int32_t head_dim) { return head_dim <= 128 ? 8192 : 4096; }
 
 // T: of q and out. Kv: of k and v. attention/variants.cc lists what there is.
 template <class T, class Kv, int kHeadDim>

@@ -876,6 +876,7 @@ int PrepareMma() {
   constexpr int kMostShared = 227 * 1024;  // of a block of sm_90
   static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <=
                 kMostShared);
+  static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(DecodeMaxRows(kHeadDim)) <= kMostShared);
   const auto kernel = PagedDecodeMma<T, Kv, kHeadDim, kMTiles>;
   const int error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
