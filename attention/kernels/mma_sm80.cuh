@@ -73,6 +73,12 @@ __device__ inline unsigned WidenPair(unsigned pair) {
   return static_cast<unsigned>(wide.x) | static_cast<unsigned>(wide.y) << 16;
 }
 
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace pristine::attention
 
 #endif  // PRISTINE_ATTENTION_KERNELS_MMA_SM80_CUH_

@@ -311,12 +311,6 @@ __device__ inline void LoadQueries(const PagedDecodeParams& p, const Piece& piec
   }
 }
 
-__device__ inline float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // What a warp has gathered of a piece: m16n8 accumulators. Element e of accumulator n, m-tile t, belongs to row
 // 16 t + lane / 4 + 8 * (e / 2) and dimension DimOf(n, e).
 template <class T, class Kv, int kHeadDim, int kMTiles>
@@ -617,7 +611,6 @@ class Block {
     ahead_ = begin + piece.tiles;
     for (int stage = 0; stage < S::kStages - 1; ++stage) LoadNext(stage);
     const ScoreScale scale = ScoreScaleOf(p_);
-    const int group = p_.q_heads / p_.kv.kv_heads;
     WarpState state;
     int stage = 0;
     for (int at = begin;;) {

@@ -132,7 +132,8 @@ __device__ __forceinline__ void Clear(float (&values)[kCount][4]) {
 __device__ __forceinline__ uint32_t Widen(Float16, uint32_t pair) {
   uint32_t halves;
 #if __CUDA_ARCH__ >= 890
-  asm("{ .reg .b16 low; cvt.u16.u32 low, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(halves) : "r"(pair));
+  // volatile: moved into the main loop's products it costs spills.
+  asm volatile("{ .reg .b16 low; cvt.u16.u32 low, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(halves) : "r"(pair));
 #else
   const Float8E4M3 low = {static_cast<uint8_t>(pair)}, high = {static_cast<uint8_t>(pair >> 8)};
   halves = Pack(Float16{}, ToFloat(low), ToFloat(high));

@@ -213,6 +213,48 @@ TYPED_TEST(PagedPrefillTest, ChunksGiveWhatThePromptAtOnceGives) {
   }
 }
 
+// One query per request, over the decode wrapper's own tensors.
+TYPED_TEST(PagedPrefillTest, OneQueryPerRequestIsADecodeStep) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const DecodeShape shape = {.dtype = dtype, .page_size = 16, .window = 70, .seed = 825};
+    const DecodeCase step(shape, {1, 0, 90, 64, 129}, {-1, -1, 40, -1, 128});
+    ASSERT_OK_AND_ASSIGN(const auto decode, DecodeRig::Create(*this->device_, *this->stream_, shape,
+                                                              {.buckets = {5}, .num_pages = step.num_pages()}));
+    ASSERT_OK(decode->Load(step));
+    ASSERT_OK(decode->Begin(5, step, 5));
+    ASSERT_OK(decode->RunEagerly(5, 5));
+    const std::vector<float> expected = decode->out, expected_lse = decode->lse;
+    ASSERT_OK_AND_ASSIGN(const DeviceBuffer qo_indptr, this->device_->Allocate(6 * 4, "qo_indptr"));
+    ASSERT_OK(Upload(*this->stream_, qo_indptr.As<int32_t>(), {0, 1, 2, 3, 4, 5}));
+    ASSERT_OK_AND_ASSIGN(const auto prefill, PagedPrefill::Create(*this->device_, {.q_heads = shape.q_heads,
+                                                                                   .kv_heads = shape.kv_heads,
+                                                                                   .head_dim = shape.head_dim,
+                                                                                   .dtype = dtype,
+                                                                                   .kv_dtype = dtype,
+                                                                                   .page_size = shape.page_size,
+                                                                                   .window = shape.window,
+                                                                                   .scale = 0.125f}));
+    const attention::DecodeTensors& tensors = decode->tensors;
+    ASSERT_OK(prefill->Run(*this->stream_, {5, 5},
+                           {.q = tensors.q,
+                            .k = tensors.k,
+                            .v = tensors.v,
+                            .out = tensors.out,
+                            .lse = tensors.lse,
+                            .qo_indptr = qo_indptr.As<const int32_t>(),
+                            .kv_indptr = tensors.kv_indptr,
+                            .kv_indices = tensors.kv_indices,
+                            .lengths = tensors.lengths}));
+    ASSERT_OK(decode->ReadBack());
+    for (size_t head = 0; head < expected_lse.size(); ++head) {
+      const OracleRow row = {.out = {expected.begin() + head * 64, expected.begin() + (head + 1) * 64},
+                             .lse = expected_lse[head]};
+      EXPECT_EQ(Difference(row, &decode->out[head * 64], decode->lse[head], dtype == DType::kFloat32 ? 1e-5 : 8e-3), "")
+          << "row " << head / 4 << ", head " << head % 4;
+    }
+  }
+}
+
 // Pages that the pool does not have are skipped, wherever they stand.
 TYPED_TEST(PagedPrefillTest, PageNumbersOutsideThePoolAreSkipped) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat16}) {

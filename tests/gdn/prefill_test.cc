@@ -441,6 +441,21 @@ TYPED_TEST(PrefillTest, EagerEqualsCapturedEqualsReplayedForAnyLengthsInTheBucke
   }
 }
 
+// A capture runs nothing: one in the middle of serving, of another bucket, leaves every byte of every state.
+TYPED_TEST(PrefillTest, ARecaptureLeavesEveryStateAsItIs) {
+  ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {2, 80}}, 3, 13));
+  ASSERT_NO_FATAL_FAILURE(this->Upload({.lengths = {66, 5}, .initial = {1, 2}, .final = {1, 3}}));
+  ASSERT_OK_AND_ASSIGN(std::unique_ptr<Graph> graph, Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
+  ASSERT_OK_AND_ASSIGN(std::unique_ptr<GraphExec> exec, graph->Instantiate());
+  ASSERT_OK(exec->Launch(*this->stream_));
+  ASSERT_OK_AND_ASSIGN(const Bytes before, ReadBytes(*this->stream_, this->pool_->view().states));
+  this->shape_.bucket = {1, 70};
+  ASSERT_OK_AND_ASSIGN(graph, Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
+  ASSERT_OK_AND_ASSIGN(exec, graph->Instantiate());
+  ASSERT_OK_AND_ASSIGN(const Bytes after, ReadBytes(*this->stream_, this->pool_->view().states));
+  EXPECT_TRUE(before == after);
+}
+
 // A prompt by Prefill, then tokens by Decode: one recurrence over all of them.
 TYPED_TEST(PrefillTest, DecodeGoesOnFromThePrefilledState) {
   constexpr int32_t kPrompt = 75, kMore = 5, kQk = 2, kV = 4;
