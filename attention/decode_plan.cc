@@ -25,6 +25,12 @@ int64_t Rows(const DecodePlanConfig& config, const Extent& bucket) {
   return int64_t{config.rows_per_request} * bucket.requests;
 }
 
+int32_t BlocksPerMultiprocessor(const DecodePlanConfig& config) {
+  const DecodeVariant* const variant =
+      FindDecodeVariant(config.dtype, config.kv_dtype.value_or(config.dtype), config.head_dim);
+  return variant == nullptr ? 0 : variant->blocks_per_multiprocessor;
+}
+
 int64_t MaxItems64(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors) {
   const int64_t heads = std::max(1, config.kv_heads);
   return Rows(config, bucket) + (int64_t{2} * multiprocessors + heads - 1) / heads;
@@ -176,7 +182,17 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ",
                                                      Rows(config, bucket), " rows, must be at most ", kMaxRows));
     }
-    if (config.scheduler == DecodeScheduler::kDevice) continue;
+    const int32_t packed = config.q_heads / config.kv_heads * config.q_len;
+    const int32_t tile =
+        DecodeTile(static_cast<int32_t>(SizeOf(kv_dtype)), config.head_dim, DecodePassRows(config.head_dim, packed));
+    const int64_t tiles = Rows(config, bucket) * DecodeUnits(config.kv_heads, config.head_dim, packed) *
+                          ((int64_t{config.max_row_tokens} + tile - 1) / tile);
+    if (config.scheduler == DecodeScheduler::kDevice) {
+      if (tiles <= kMaxInt32) continue;
+      return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ", tiles,
+                                                     " tiles of ", tile, " tokens at max_row_tokens ",
+                                                     config.max_row_tokens, ", must be at most ", kMaxInt32));
+    }
     const int64_t values =
         MaxItems64(config, bucket, multiprocessors) * config.q_len * config.q_heads * config.head_dim;
     if (values > kMaxInt32) {
@@ -219,6 +235,18 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
     item_indptr[row + 1] = count;
   }
   return count;
+}
+
+int64_t ScratchValues(const DecodePlanConfig& config, int multiprocessors) {
+  if (config.scheduler == DecodeScheduler::kHost) {
+    int64_t items = 0;
+    for (const Extent& bucket : config.buckets) {
+      items = std::max<int64_t>(items, MaxItems(config, bucket, multiprocessors));
+    }
+    return items * config.q_len * config.q_heads * (config.head_dim + 1);
+  }
+  const int64_t blocks = int64_t{BlocksPerMultiprocessor(config)} * multiprocessors;
+  return blocks * (2 * kDecodeTileRows * (config.head_dim + 1) + 1);
 }
 
 absl::StatusOr<std::unique_ptr<DecodePlan>> DecodePlan::Create(BufferManager& manager, const DecodePlanConfig& given) {
@@ -265,8 +293,7 @@ absl::Status DecodePlan::RegisterHostPlans() {
 
 absl::Status DecodePlan::RegisterDeviceScratch() {
   for (const Extent& bucket : config_.buckets) workspaces_.push_back({.bucket = bucket, .max_items = 0, .values = {}});
-  const DecodeVariant* const variant = FindDecodeVariant(config_.dtype, *config_.kv_dtype, config_.head_dim);
-  blocks_ = variant->blocks_per_multiprocessor * manager_.device().multiprocessors();
+  blocks_ = BlocksPerMultiprocessor(config_) * manager_.device().multiprocessors();
   if (blocks_ == 0) return absl::OkStatus();
   const std::vector<uint32_t> zeros(static_cast<size_t>(blocks_));
   PRISTINE_ASSIGN_OR_RETURN(counters_,

@@ -1,6 +1,7 @@
 #include "pristine/attention/paged_decode.h"
 
 #include <cmath>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "attention/kernels/merge_states.h"
@@ -33,6 +34,12 @@ template <class Span>
 absl::Status Check(const DecodePlanConfig& config, const char* what, const Span& span, size_t element_bytes,
                    int64_t need, size_t alignment) {
   return CheckBytes(config.name, what, span.address(), span.bytes(), element_bytes, need, alignment);
+}
+
+// So that no row makes the count of all tiles overflow; DecodePlan::Create has seen that max_row_tokens fit.
+int32_t MostTiles(const DecodePlanConfig& config, int32_t rows) {
+  const int64_t units = DecodeUnits(config.kv_heads, config.head_dim, config.q_heads / config.kv_heads * config.q_len);
+  return static_cast<int32_t>(std::numeric_limits<int32_t>::max() / (units * rows));
 }
 
 // One of the two kinds of page table, with lengths where it needs them.
@@ -162,6 +169,7 @@ absl::Status PagedDecode::Run(Stream& stream, const Extent& bucket, const Decode
                               .head_dim = config.head_dim,
                               .max_items = 0,
                               .blocks = plan_.blocks_,
+                              .most_tiles = MostTiles(config, rows),
                               .window = config.window,
                               .scale_log2 = scale_ * kLog2E,
                               .soft_cap = config.soft_cap};

@@ -31,11 +31,12 @@ struct PagedDecodeParams {
   uint32_t* counters;   // [blocks] zeros, and zeros again when the kernel ends; without a plan
   int32_t rows, q_len;  // query i of a row stands at position length - q_len + i
   int32_t q_heads, head_dim;
-  int32_t max_items;  // of the plan
-  int32_t blocks;     // of the grid without a plan
-  int32_t window;     // positions seen, the query's own included; 0: all
-  float scale_log2;   // scale * log2(e): scores are in base 2
-  float soft_cap;     // of logits; 0: none
+  int32_t max_items;   // of the plan
+  int32_t blocks;      // of the grid without a plan
+  int32_t most_tiles;  // of a row, DecodeTiles; a longer row is cut off there. Without a plan
+  int32_t window;      // positions seen, the query's own included; 0: all
+  float scale_log2;    // scale * log2(e): scores are in base 2
+  float soft_cap;      // of logits; 0: none
 };
 
 constexpr int32_t kDecodeMaxGroup = 32;  // query heads of a KV head
@@ -61,6 +62,20 @@ PRISTINE_HOST_DEVICE inline Visible VisibleTo(int64_t length, int32_t q_len, int
   const int64_t end = length - q_len + query + 1;
   if (end <= 0) return {0, 0};
   return {window > 0 && end > window ? end - window : 0, end};
+}
+
+// What is counted when the device schedules: tiles of tokens, at most 2^31 over all rows, KV heads and passes over the
+// query heads times query tokens of a KV head, the packed rows.
+PRISTINE_HOST_DEVICE constexpr int32_t DecodePassRows(int32_t head_dim, int32_t packed_rows) {
+  return head_dim <= 128 && packed_rows > 16 ? 32 : 16;
+}
+// Tokens. Eight bits of a key and its value are so soon there that a warp takes twice as many at a time.
+PRISTINE_HOST_DEVICE constexpr int32_t DecodeTile(int32_t kv_bytes, int32_t head_dim, int32_t pass_rows) {
+  return kv_bytes == 1 && head_dim <= 128 && pass_rows == 16 ? 128 : 64;
+}
+constexpr int64_t DecodeUnits(int32_t kv_heads, int32_t head_dim, int32_t packed_rows) {
+  const int32_t pass = DecodePassRows(head_dim, packed_rows);
+  return int64_t{kv_heads} * ((packed_rows + pass - 1) / pass);
 }
 
 // The grid that a device schedules on, and the scratch of one of its blocks: the rows of two partial results, of at

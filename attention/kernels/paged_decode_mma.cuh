@@ -23,20 +23,18 @@ namespace decode_mma {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kWarpTokens = 16;
-constexpr int kTile = kWarps * kWarpTokens;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504088896340736f;
 
 template <class Kv, int kHeadDim, int kMTiles>
 struct Shape {
+  static constexpr int kTile = DecodeTile(sizeof(Kv), kHeadDim, 16 * kMTiles);
+  static constexpr int kTokens = kTile / kWarps;  // of a warp
+  static constexpr unsigned kAll = kTokens == 32 ? 0xffffffffu : 0xffffu;
   static constexpr int kRowBytes = kHeadDim * sizeof(Kv);
-  static constexpr int kChunks = kRowBytes / 16;              // 16-byte chunks of a row of K or V
-  static constexpr int kHalfStage = kWarpTokens * kRowBytes;  // K or V of a warp's stage
-  static constexpr int kStages = kHeadDim == 256 ? (sizeof(Kv) == 1 ? 6 : 3)
-                                                 : (kHalfStage >= 4096   ? 3
-                                                    : kHalfStage >= 2048 ? 6
-                                                                         : 8);
+  static constexpr int kChunks = kRowBytes / 16;          // 16-byte chunks of a row of K or V
+  static constexpr int kHalfStage = kTokens * kRowBytes;  // K or V of a warp's stage
+  static constexpr int kStages = (kHeadDim == 256 ? 48 : 24) * 1024 / (2 * kHalfStage);
   static constexpr int kRing = kStages * 2 * kHalfStage;  // bytes of a warp
   static constexpr int kRows = 16 * kMTiles;              // of M in one pass
   static constexpr int kMergeStride = kHeadDim + 4;       // floats; off the banks' period
@@ -50,14 +48,14 @@ struct alignas(16) Small {
   float top[kWarps][32];
   float mass[kWarps][32];
   float query_factor[32];
-  unsigned attended[kWarps][8];  // per stage: which of the warp's tokens are
-  long long scan[kWarps];
+  unsigned attended[kWarps][12];  // per stage: which of the warp's tokens are
+  int scan[kWarps];
   int is_last;
 };
 
 template <class S>
 constexpr int SharedBytes(int rows) {
-  return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) + 8 * (rows + 1);
+  return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) + 4 * (rows + 1);
 }
 
 // Rows of 16-byte chunks without bank conflicts for ldmatrix: eight rows at one chunk meet eight different bank groups.
@@ -70,72 +68,92 @@ __device__ inline int Swizzle(int row, int chunk) {
 // A run of tiles of one unit.
 struct Piece {
   int row, kv_head, first_m;  // first_m: of the packed rows, query token * group + head of the group
-  RowPages pages;
-  long long low, high;             // tokens [low, high) are looked at
-  int tile, tiles;                 // the next tile of the row, and how many are left of the piece
-  long long unit_begin, unit_end;  // the unit's tiles on the line
+  const int32_t* pages;       // the row's
+  int length;                 // of the row, in tokens
+  int low, high;              // tokens [low, high) are looked at
+  int tile, tiles;            // the next tile of the row, and how many are left of the piece
+  int unit_begin, unit_end;   // the unit's tiles on the line
 };
 
-__device__ inline long long FirstSeen(const PagedDecodeParams& p, long long length) {
-  const long long begin = length - p.q_len + 1 - p.window;
-  return p.window > 0 && begin > 0 ? begin : 0;
+// Tokens of a row; room is left for positions past its end.
+__device__ inline int LengthOf(const RowPages& pages) {
+  return static_cast<int>(min(static_cast<long long>(pages.length), 0x7fffff00LL));
 }
-__device__ inline int TilesOf(const PagedDecodeParams& p, long long length) {
+__device__ inline int FirstSeen(const PagedDecodeParams& p, int length) {
+  return p.window > 0 ? max(length - p.q_len + 1 - p.window, 0) : 0;
+}
+template <int kTile>
+__device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
   if (length <= 0) return 0;
-  return static_cast<int>((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile);
+  return min((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile, p.most_tiles);
 }
 
-// What a block works on: [next, end) of the line.
+// All tiles, and who works on which: the first `longer` blocks take part + 1 of them, the others `part`.
 struct Line {
-  const long long* prefix;  // shared, [rows + 1]: tiles of the rows before
-  int units;                // of a row: KV heads * passes
+  const int* prefix;  // shared, [rows + 1]: tiles of the rows before
+  int units;          // of a row: KV heads * passes
   int passes;
-  long long total;
+  int total;
+  unsigned part, longer;
+
+  __device__ void Divide(int blocks) {
+    part = static_cast<unsigned>(total) / blocks;
+    longer = static_cast<unsigned>(total) % blocks;
+  }
+  __device__ int BeginOf(unsigned block) const { return static_cast<int>(block * part + min(block, longer)); }
+  __device__ unsigned OwnerOf(int at) const {
+    const unsigned before = longer * (part + 1);
+    if (static_cast<unsigned>(at) < before) return at / (part + 1);
+    return longer + (at - before) / part;
+  }
 };
 
-template <int kRows>
-__device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, long long at, long long end) {
-  const long long tile = at / line.units;
+template <class S>
+__device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, int at, int end) {
+  const int tile = static_cast<unsigned>(at) / line.units;
   int low = 0, high = p.rows;  // prefix[low] <= tile < prefix[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (line.prefix[middle] <= tile ? low : high) = middle;
   }
-  const long long before = line.prefix[low];
-  const int tiles = static_cast<int>(line.prefix[low + 1] - before);
-  const long long offset = at - before * line.units;
-  const int unit = static_cast<int>(offset / tiles);
-  const int done = static_cast<int>(offset - static_cast<long long>(unit) * tiles);
+  const int before = line.prefix[low];
+  const int tiles = line.prefix[low + 1] - before;
+  const unsigned offset = at - before * line.units;
+  const int unit = offset / static_cast<unsigned>(tiles);
+  const int done = offset - unit * tiles;
+  const RowPages pages = PagesOf(p.kv, low);
   Piece piece;
   piece.row = low;
   piece.kv_head = unit / line.passes;
-  piece.first_m = unit % line.passes * kRows;
-  piece.pages = PagesOf(p.kv, low);
-  piece.low = FirstSeen(p, piece.pages.length);
-  piece.high = piece.pages.length;
-  piece.tile = static_cast<int>(piece.low / kTile) + done;
+  piece.first_m = unit % line.passes * S::kRows;
+  piece.pages = p.kv.pages + pages.first;
+  piece.length = LengthOf(pages);
+  piece.low = FirstSeen(p, piece.length);
+  piece.high = piece.length;
+  piece.tile = piece.low / S::kTile + done;
   piece.unit_begin = at - done;
   piece.unit_end = piece.unit_begin + tiles;
-  piece.tiles = static_cast<int>(min(static_cast<long long>(tiles - done), end - at));
+  piece.tiles = min(tiles - done, end - at);
   return piece;
 }
 
 // prefix[r]: tiles of the rows before r. All threads of the block; ends with a barrier.
-__device__ inline void ScanRows(const PagedDecodeParams& p, long long* prefix, Small& small) {
+template <int kTile>
+__device__ inline void ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  long long before = 0;
+  int before = 0;
+  if (threadIdx.x == 0) prefix[0] = 0;
   for (int first = 0; first < p.rows; first += kThreads) {
     const int row = first + threadIdx.x;
-    const long long own = row < p.rows ? TilesOf(p, PagesOf(p.kv, row).length) : 0;
-    long long sum = own;
+    int sum = row < p.rows ? TilesOf<kTile>(p, LengthOf(PagesOf(p.kv, row))) : 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const long long other = __shfl_up_sync(kAllLanes, sum, step);
+      const int other = __shfl_up_sync(kAllLanes, sum, step);
       if (lane >= step) sum += other;
     }
     if (lane == 31) small.scan[warp] = sum;
     __syncthreads();
-    long long all = 0;
+    int all = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       if (w == warp) sum += before + all;
@@ -143,7 +161,6 @@ __device__ inline void ScanRows(const PagedDecodeParams& p, long long* prefix, S
     }
     if (row < p.rows) prefix[row + 1] = sum;
     before += all;
-    if (threadIdx.x == 0 && first == 0) prefix[0] = 0;
     __syncthreads();
   }
 }
@@ -157,10 +174,10 @@ class Loader {
     page_shift_ = (p.kv.page_size & (p.kv.page_size - 1)) == 0 ? 31 - __clz(p.kv.page_size) : -1;
   }
   __device__ void Start(const Piece& piece) {
-    pages_ = p_.kv.pages + piece.pages.first;
+    pages_ = piece.pages;
     low_ = piece.low;
     high_ = piece.high;
-    tile_ = piece.tile;
+    position_ = piece.tile * S::kTile + threadIdx.x / 32 * S::kTokens;
     left_ = piece.tiles;
     head_ = piece.kv_head * p_.kv.head_stride;
     LookUp();
@@ -171,42 +188,50 @@ class Loader {
   __device__ void Load(int stage) {
     const int lane = threadIdx.x % 32;
     const bool valid = page_ >= 0 && page_ < p_.kv.num_pages;
-    const long long offset =
-        valid ? (page_ * p_.kv.page_stride + in_page_ * p_.kv.token_stride + head_) * static_cast<int>(sizeof(Kv)) : -1;
-    const unsigned attended = __ballot_sync(kAllLanes, valid);
-    if (lane == 0) attended_[stage] = attended & 0xffffu;
+    const unsigned attended = __ballot_sync(kAllLanes, valid) & S::kAll;
+    if (lane == 0) attended_[stage] = attended;
+    const long long own = (page_ * p_.kv.page_stride + in_page_ * p_.kv.token_stride + head_) * int{sizeof(Kv)};
     const char* const k = static_cast<const char*>(p_.kv.k);
-    const char* const v = static_cast<const char*>(p_.kv.v);
-    const unsigned to = ring_ + stage * 2 * S::kHalfStage;
+    const long long k_to_v = static_cast<const char*>(p_.kv.v) - k;
     constexpr int kRowsAtOnce = 32 / S::kChunks;
     const int chunk = lane % S::kChunks;
+    const unsigned to = ring_ + stage * 2 * S::kHalfStage;
+    const bool one_page = p_.kv.page_size % 16 == 0;
+    const long long stride = p_.kv.token_stride * int{sizeof(Kv)};
 #pragma unroll
-    for (int i = 0; i < kWarpTokens; i += kRowsAtOnce) {
-      const int row = i + lane / S::kChunks;
-      const long long from = __shfl_sync(kAllLanes, offset, row);
-      const long long at = from < 0 ? 0 : from + chunk * 16;
-      const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
-      CopyAsync(place, k + at, from >= 0);
-      CopyAsync(place + S::kHalfStage, v + at, from >= 0);
+    for (int half = 0; half < S::kTokens; half += 16) {
+      // Where pages are multiples of 16 tokens, 16 tokens are in one page and a stride apart; any of them tells where.
+      const int known = max(__ffs(attended >> half & 0xffffu) - 1, 0) + half;
+      const long long anchor = one_page ? __shfl_sync(kAllLanes, own, known) - known * stride : 0;
+#pragma unroll
+      for (int i = half; i < half + 16; i += kRowsAtOnce) {
+        const int row = i + lane / S::kChunks;
+        const bool takes = attended >> row & 1;
+        const long long from = one_page ? anchor + row * stride : __shfl_sync(kAllLanes, own, row);
+        const char* const at = k + (takes ? from + chunk * 16 : 0);
+        const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
+        CopyAsync(place, at, takes);
+        CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
+      }
     }
-    ++tile_;
+    position_ += S::kTile;
     if (--left_ > 0) LookUp();
   }
 
  private:
-  // The page of this lane's token of the next tile; -1 where there is none to look at.
+  // The page of this lane's token of the next tile; -1 where there is none to look at. It is not used before the next
+  // tile is loaded, so nobody waits for it.
   __device__ void LookUp() {
-    const long long position =
-        static_cast<long long>(tile_) * kTile + threadIdx.x / 32 * kWarpTokens + threadIdx.x % kWarpTokens;
+    const int position = position_ + threadIdx.x % S::kTokens;
     page_ = -1;
     if (position < low_ || position >= high_) return;
     if (page_shift_ >= 0) {
       page_ = pages_[position >> page_shift_];
-      in_page_ = static_cast<int>(position) & (p_.kv.page_size - 1);
+      in_page_ = position & (p_.kv.page_size - 1);
     } else {
-      const long long page = position / p_.kv.page_size;
+      const int page = position / p_.kv.page_size;
       page_ = pages_[page];
-      in_page_ = static_cast<int>(position - page * p_.kv.page_size);
+      in_page_ = position - page * p_.kv.page_size;
     }
   }
 
@@ -215,8 +240,8 @@ class Loader {
   unsigned* const attended_;
   int page_shift_;
   const int32_t* pages_;
-  long long low_, high_, head_, page_;
-  int in_page_ = 0, tile_, left_ = 0;
+  long long head_;
+  int low_, high_, position_, page_ = -1, in_page_ = 0, left_ = 0;
 };
 
 // The queries of a piece, [kRows, kHeadDim] in 16 bit and swizzled. For KV in 8 bits they become float16, each row
@@ -286,12 +311,6 @@ __device__ inline void LoadQueries(const PagedDecodeParams& p, const Piece& piec
   }
 }
 
-__device__ inline float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // What a warp has gathered of a piece: m16n8 accumulators. Element e of accumulator n, m-tile t, belongs to row
 // 16 t + lane / 4 + 8 * (e / 2) and dimension DimOf(n, e).
 template <class T, class Kv, int kHeadDim, int kMTiles>
@@ -322,7 +341,7 @@ struct State {
     }
   }
 
-  __device__ static void Scores(unsigned queries, unsigned k, float (&score)[kMTiles][2][4]) {
+  __device__ static void Scores(unsigned queries, unsigned k, float (&score)[kMTiles][S::kTokens / 8][4]) {
     const int lane = threadIdx.x % 32;
     const int matrix = lane / 8;
     const int query_row = matrix % 2 * 8 + lane % 8;
@@ -330,47 +349,69 @@ struct State {
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) score[t][n][e] = 0.0f;
       }
     }
-    const auto multiply = [&](int step, unsigned b0, unsigned b1, unsigned b2, unsigned b3) {
+    // Sixteen dimensions of all tokens: b[i] are tokens 16 i … 16 i + 15.
+    const auto multiply = [&](int step, const auto& b) {
 #pragma unroll
       for (int t = 0; t < kMTiles; ++t) {
         unsigned a[4];
         LoadMatrices(queries + Swizzle<kHeadDim / 8>(t * 16 + query_row, 2 * step + matrix / 2) * 16, a);
-        Multiply(Math{}, score[t][0], a, b0, b1);
-        Multiply(Math{}, score[t][1], a, b2, b3);
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          Multiply(Math{}, score[t][2 * i], a, b[i][0], b[i][1]);
+          Multiply(Math{}, score[t][2 * i + 1], a, b[i][2], b[i][3]);
+        }
       }
     };
-    unsigned b[4];
     if constexpr (sizeof(Kv) == 1) {
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; step += 2) {
-        LoadMatrices(k + Swizzle<S::kChunks>(token, step + matrix % 2) * 16, b);
-        multiply(step, WidenPair(b[0]), WidenPair(b[0] >> 16), WidenPair(b[2]), WidenPair(b[2] >> 16));
-        multiply(step + 1, WidenPair(b[1]), WidenPair(b[1] >> 16), WidenPair(b[3]), WidenPair(b[3] >> 16));
+        unsigned even[S::kTokens / 16][4], odd[S::kTokens / 16][4];
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          unsigned b[4];
+          LoadMatrices(k + Swizzle<S::kChunks>(16 * i + token, step + matrix % 2) * 16, b);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            even[i][2 * j] = WidenPair(b[2 * j]);
+            even[i][2 * j + 1] = WidenPair(b[2 * j] >> 16);
+            odd[i][2 * j] = WidenPair(b[2 * j + 1]);
+            odd[i][2 * j + 1] = WidenPair(b[2 * j + 1] >> 16);
+          }
+        }
+        multiply(step, even);
+        multiply(step + 1, odd);
       }
     } else {
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
-        LoadMatrices(k + Swizzle<S::kChunks>(token, 2 * step + matrix % 2) * 16, b);
-        multiply(step, b[0], b[1], b[2], b[3]);
+        unsigned b[S::kTokens / 16][4];
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          LoadMatrices(k + Swizzle<S::kChunks>(16 * i + token, 2 * step + matrix % 2) * 16, b[i]);
+        }
+        multiply(step, b);
       }
     }
   }
 
   // Scores become weights relative to the top so far, which may rise.
-  __device__ void Soften(float (&score)[kMTiles][2][4]) {
+  __device__ void Soften(float (&score)[kMTiles][S::kTokens / 8][4]) {
     float decay[kMTiles][2];
     bool rises = false;
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float most =
-            fmaxf(fmaxf(score[t][0][2 * h], score[t][0][2 * h + 1]), fmaxf(score[t][1][2 * h], score[t][1][2 * h + 1]));
+        float most = fmaxf(score[t][0][2 * h], score[t][0][2 * h + 1]);
+#pragma unroll
+        for (int n = 1; n < S::kTokens / 8; ++n) {
+          most = fmaxf(most, fmaxf(score[t][n][2 * h], score[t][n][2 * h + 1]));
+        }
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
         most = fmaxf(most, top[t][h]);
@@ -380,7 +421,7 @@ struct State {
         top[t][h] = most;
         float gained = 0.0f;
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             score[t][n][e] = Exp2(score[t][n][e] - safe);
@@ -401,36 +442,42 @@ struct State {
     }
   }
 
-  __device__ void AddValues(const float (&weight)[kMTiles][2][4], unsigned v) {
-    unsigned a[kMTiles][4];
-#pragma unroll
-    for (int t = 0; t < kMTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        a[t][i] = PackPair(Math{}, weight[t][i / 2][i % 2 * 2], weight[t][i / 2][i % 2 * 2 + 1]);
-    }
+  __device__ void AddValues(const float (&weight)[kMTiles][S::kTokens / 8][4], unsigned v) {
     const int lane = threadIdx.x % 32;
     const int matrix = lane / 8;
-    const int token = matrix % 2 * 8 + lane % 8;
-    const auto multiply = [&](int n, unsigned b0, unsigned b1) {
 #pragma unroll
-      for (int t = 0; t < kMTiles; ++t) Multiply(Math{}, sum[t][n], a[t], b0, b1);
-    };
-    unsigned b[4];
+    for (int i = 0; i < S::kTokens / 16; ++i) {
+      unsigned a[kMTiles][4];
 #pragma unroll
-    for (int step = 0; step < S::kChunks / 2; ++step) {
-      LoadTransposed(v + Swizzle<S::kChunks>(token, 2 * step + matrix / 2) * 16, b);
-      if constexpr (sizeof(Kv) == 1) {
-        // A transposed pair is two tokens times two dimensions: the even ones make one column block, the odd the next.
+      for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) b[i] = __byte_perm(b[i], 0, 0x3120);
-        multiply(4 * step, WidenPair(b[0]), WidenPair(b[1]));
-        multiply(4 * step + 1, WidenPair(b[0] >> 16), WidenPair(b[1] >> 16));
-        multiply(4 * step + 2, WidenPair(b[2]), WidenPair(b[3]));
-        multiply(4 * step + 3, WidenPair(b[2] >> 16), WidenPair(b[3] >> 16));
-      } else {
-        multiply(2 * step, b[0], b[1]);
-        multiply(2 * step + 1, b[2], b[3]);
+        for (int j = 0; j < 4; ++j) {
+          const float* const pair = &weight[t][2 * i + j / 2][j % 2 * 2];
+          a[t][j] = PackPair(Math{}, pair[0], pair[1]);
+        }
+      }
+      const auto multiply = [&](int n, unsigned b0, unsigned b1) {
+#pragma unroll
+        for (int t = 0; t < kMTiles; ++t) Multiply(Math{}, sum[t][n], a[t], b0, b1);
+      };
+      const int token = 16 * i + matrix % 2 * 8 + lane % 8;
+      unsigned b[4];
+#pragma unroll
+      for (int step = 0; step < S::kChunks / 2; ++step) {
+        LoadTransposed(v + Swizzle<S::kChunks>(token, 2 * step + matrix / 2) * 16, b);
+        if constexpr (sizeof(Kv) == 1) {
+          // A transposed pair is two tokens times two dimensions: the even ones make one column block, the odd the
+          // next.
+#pragma unroll
+          for (int j = 0; j < 4; ++j) b[j] = __byte_perm(b[j], 0, 0x3120);
+          multiply(4 * step, WidenPair(b[0]), WidenPair(b[1]));
+          multiply(4 * step + 1, WidenPair(b[0] >> 16), WidenPair(b[1] >> 16));
+          multiply(4 * step + 2, WidenPair(b[2]), WidenPair(b[3]));
+          multiply(4 * step + 3, WidenPair(b[2] >> 16), WidenPair(b[3] >> 16));
+        } else {
+          multiply(2 * step, b[0], b[1]);
+          multiply(2 * step + 1, b[2], b[3]);
+        }
       }
     }
   }
@@ -494,7 +541,7 @@ class Block {
       : p_(p),
         turn_(shared + kWarps * S::kRing),
         small_(*reinterpret_cast<Small*>(turn_ + S::kTurnBytes)),
-        prefix_(reinterpret_cast<long long*>(&small_ + 1)),
+        prefix_(reinterpret_cast<int*>(&small_ + 1)),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         ring_(SharedAddress(shared) + warp_ * S::kRing),
@@ -509,13 +556,14 @@ class Block {
       RunItem();
       return;
     }
-    ScanRows(p_, prefix_, small_);
+    ScanRows<S::kTile>(p_, prefix_, small_);
     line_.total = prefix_[p_.rows] * line_.units;
-    blocks_ = min(static_cast<long long>(gridDim.x), line_.total);
-    if (blockIdx.x < blocks_) {
-      const long long begin = line_.total * blockIdx.x / blocks_;
-      end_ = line_.total * (blockIdx.x + 1) / blocks_;
-      RunPieces(begin, PieceAt<S::kRows>(p_, line_, begin, end_));
+    const int blocks = min(static_cast<int>(gridDim.x), line_.total);
+    if (blockIdx.x < blocks) {
+      line_.Divide(blocks);
+      const int begin = line_.BeginOf(blockIdx.x);
+      end_ = line_.BeginOf(blockIdx.x + 1);
+      RunPieces(begin, PieceAt<S>(p_, line_, begin, end_));
     }
     ClearEmptyRows();
   }
@@ -530,25 +578,27 @@ class Block {
     piece.kv_head = blockIdx.y / line_.passes;
     piece.first_m = blockIdx.y % line_.passes * S::kRows;
     if (piece.row >= 0 && piece.row < p_.rows) {
-      piece.pages = PagesOf(p_.kv, piece.row);
-      piece.low = max(static_cast<long long>(work[1]), FirstSeen(p_, piece.pages.length));
-      piece.high = min(static_cast<long long>(work[2]), static_cast<long long>(piece.pages.length));
+      const RowPages pages = PagesOf(p_.kv, piece.row);
+      piece.pages = p_.kv.pages + pages.first;
+      piece.length = LengthOf(pages);
+      piece.low = max(work[1], FirstSeen(p_, piece.length));
+      piece.high = min(work[2], piece.length);
     }
     if (piece.low >= piece.high) {
       const int rows = RowsOf(piece);
       for (int row = threadIdx.x; row < rows; row += kThreads) p_.partial_lse[ItemPlace(piece, row)] = -CUDART_INF_F;
       return;
     }
-    piece.tile = static_cast<int>(piece.low / kTile);
-    piece.tiles = static_cast<int>((piece.high + kTile - 1) / kTile) - piece.tile;
+    piece.tile = piece.low / S::kTile;
+    piece.tiles = (piece.high + S::kTile - 1) / S::kTile - piece.tile;
     end_ = piece.tiles;
     RunPieces(0, piece);
   }
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
   __device__ void LoadNext(int stage) {
-    if (loader_.left() == 0 && ahead_ < end_) {
-      const Piece piece = PieceAt<S::kRows>(p_, line_, ahead_, end_);
+    if (__builtin_expect(loader_.left() == 0 && ahead_ < end_, 0)) {
+      const Piece piece = PieceAt<S>(p_, line_, ahead_, end_);
       ahead_ += piece.tiles;
       loader_.Start(piece);
     }
@@ -556,26 +606,22 @@ class Block {
     CommitAsync();  // an empty group, too, counts
   }
 
-  __device__ void RunPieces(long long begin, Piece piece) {
+  __device__ void RunPieces(int begin, Piece piece) {
     loader_.Start(piece);
     ahead_ = begin + piece.tiles;
     for (int stage = 0; stage < S::kStages - 1; ++stage) LoadNext(stage);
     const ScoreScale scale = ScoreScaleOf(p_);
-    const int group = p_.q_heads / p_.kv.kv_heads;
     WarpState state;
     int stage = 0;
-    for (long long at = begin;;) {
+    for (int at = begin;;) {
       LoadQueries<T, Kv, kHeadDim, kMTiles>(p_, piece, turn_, small_);
       __syncthreads();
       float inner[kMTiles][2];
-      long long seen[kMTiles][2];  // one past the last position that the row's query attends
 #pragma unroll
       for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int row = 16 * t + 8 * h + lane_ / 4;
-          inner[t][h] = scale.inner * (sizeof(Kv) == 1 ? small_.query_factor[row] : 1.0f);
-          seen[t][h] = piece.pages.length - p_.q_len + (piece.first_m + row) / group + 1;
+          inner[t][h] = scale.inner * (sizeof(Kv) == 1 ? small_.query_factor[16 * t + 8 * h + lane_ / 4] : 1.0f);
         }
       }
       state.Clear();
@@ -584,38 +630,65 @@ class Block {
         WaitAsync<S::kStages - 2>();
         __syncwarp();
         LoadNext(stage == 0 ? S::kStages - 1 : stage - 1);
-        float score[kMTiles][2][4];
+        float score[kMTiles][S::kTokens / 8][4];
         const unsigned k = ring_ + stage * 2 * S::kHalfStage;
         WarpState::Scores(SharedAddress(turn_), k, score);
-        const unsigned attended = small_.attended[warp_][stage];
-        const long long position = static_cast<long long>(piece.tile) * kTile + warp_ * kWarpTokens;
-        const bool all = attended == 0xffffu && position + kWarpTokens <= piece.pages.length - p_.q_len + 1 &&
-                         (p_.window == 0 || position >= piece.pages.length - p_.window);
 #pragma unroll
         for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {
+          for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              score[t][n][e] *= inner[t][e / 2];
-              if (scale.outer != 0.0f) score[t][n][e] = scale.outer * tanhf(score[t][n][e]);
-              if (!all) {
-                const int token = n * 8 + lane_ % 4 * 2 + e % 2;
-                const long long behind = seen[t][e / 2] - 1 - (position + token);
-                const bool sees = (attended >> token & 1) != 0 && behind >= 0 && (p_.window == 0 || behind < p_.window);
-                if (!sees) score[t][n][e] = -CUDART_INF_F;
-              }
-            }
+            for (int e = 0; e < 4; ++e) score[t][n][e] *= inner[t][e / 2];
           }
         }
+        if (__builtin_expect(scale.outer != 0.0f, 0)) Cap(scale.outer, score);
+        const unsigned attended = small_.attended[warp_][stage];
+        const int position = piece.tile * S::kTile + warp_ * S::kTokens;
+        const bool all = attended == S::kAll && position + S::kTokens <= piece.length - p_.q_len + 1 &&
+                         (p_.window == 0 || position >= piece.length - p_.window);
+        if (__builtin_expect(!all, 0)) Hide(piece, attended, position, score);
         state.Soften(score);
         state.AddValues(score, k + S::kHalfStage);
         ++piece.tile;
         stage = stage == S::kStages - 1 ? 0 : stage + 1;
       }
-      Finish(piece, state, at);
+      Finish(piece, state);
       if (at >= end_) return;
-      piece = PieceAt<S::kRows>(p_, line_, at, end_);
+      piece = PieceAt<S>(p_, line_, at, end_);
+    }
+  }
+
+  __device__ static void Cap(float outer, float (&score)[kMTiles][S::kTokens / 8][4]) {
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < S::kTokens / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) score[t][n][e] = outer * tanhf(score[t][n][e]);
+      }
+    }
+  }
+  // The scores of tokens that a query does not see, of the 16 from `position` on.
+  __device__ void Hide(const Piece& piece, unsigned attended, int position,
+                       float (&score)[kMTiles][S::kTokens / 8][4]) const {
+    const int group = p_.q_heads / p_.kv.kv_heads;
+    const int window = p_.window == 0 ? 0x7fffffff : p_.window;
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int query = (piece.first_m + 16 * t + 8 * h + lane_ / 4) / group;
+        const int at = piece.length - p_.q_len + query - position;  // the query's own place from here
+#pragma unroll
+        for (int n = 0; n < S::kTokens / 8; ++n) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            const int token = n * 8 + lane_ % 4 * 2 + e % 2;
+            const bool sees = (attended >> token & 1) != 0 && token <= at && at - token < window;
+            if (!sees) score[t][n][e] = -CUDART_INF_F;
+          }
+        }
+      }
     }
   }
 
@@ -629,14 +702,11 @@ class Block {
     return (static_cast<long long>(blockIdx.x) * p_.q_len + m / group) * p_.q_heads + piece.kv_head * group + m % group;
   }
   // Of a piece's row among the partial results of blocks: the first piece of a block, and the last if it is another.
-  __device__ static long long BlockPlace(long long block, bool last, int row) {
-    return (2 * block + last) * kDecodeTileRows + row;
+  __device__ static long long BlockPlace(int block, bool last, int row) {
+    return (2LL * block + last) * kDecodeTileRows + row;
   }
-  // The block whose part of the line holds `at`.
-  __device__ long long OwnerOf(long long at) const { return ((at + 1) * blocks_ - 1) / line_.total; }
-
-  // Makes a result, or a partial one, of what the warps have. All threads; ends with a barrier. `at`: the piece's end.
-  __device__ void Finish(const Piece& piece, WarpState& state, long long at) {
+  // Makes a result, or a partial one, of what the warps have. All threads; ends with a barrier.
+  __device__ void Finish(const Piece& piece, WarpState& state) {
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
@@ -652,10 +722,11 @@ class Block {
     }
     __syncthreads();
     const bool planned = p_.plan != nullptr;
-    const long long first = planned ? 0 : OwnerOf(piece.unit_begin);
-    const long long last = planned ? 0 : OwnerOf(piece.unit_end - 1);
+    const int first = planned ? 0 : line_.OwnerOf(piece.unit_begin);
+    const int last = planned ? 0 : line_.OwnerOf(piece.unit_end - 1);
     const bool whole = !planned && first == last;
-    const bool starts = first == blockIdx.x;  // a split unit that starts here is the block's last piece
+    const bool starts =
+        first == static_cast<int>(blockIdx.x);  // a split unit that starts here is the block's last piece
     const int rows = RowsOf(piece);
     float* const merge = reinterpret_cast<float*>(turn_);
 #pragma unroll
@@ -719,23 +790,24 @@ class Block {
   }
 
   // The partial results of blocks first … last, in that order.
-  __device__ void Merge(const Piece& piece, int rows, long long first, long long last) {
-    constexpr int kAtOnce = 8;
+  __device__ void Merge(const Piece& piece, int rows, int first, int last) {
+    constexpr int kAtOnce = kMTiles == 1 ? 16 : 8;
     for (int i = threadIdx.x; i < rows * kVecs; i += kThreads) {
       const int row = i / kVecs, dim = i % kVecs * 4;
       Total total = {-CUDART_INF_F, 0.0f};
       float4 sum = {0, 0, 0, 0};
-      for (long long block = first; block <= last; block += kAtOnce) {
+      for (int block = first; block <= last; block += kAtOnce) {
         float lse[kAtOnce];
         float4 part[kAtOnce];
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          lse[j] = -CUDART_INF_F;
-          if (block + j > last) continue;
-          const long long place = BlockPlace(block + j, block + j == first, row);
+          const int from = min(block + j, last);  // no branch, so that all loads are under way at once
+          const long long place = BlockPlace(from, from == first, row);
           lse[j] = __ldcg(p_.partial_lse + place);
           part[j] = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + place * kHeadDim + dim));
         }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) lse[j] = block + j > last ? -CUDART_INF_F : lse[j];
         float top = total.top;
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, lse[j]);
@@ -745,8 +817,7 @@ class Block {
         sum = Scaled(sum, decay);
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          if (lse[j] == -CUDART_INF_F) continue;
-          const float weight = Exp2(lse[j] - top);
+          const float weight = Exp2(lse[j] - top);  // 0 of a part that attends nothing, and its values are 0 too
           total.mass += weight;
           sum = {fmaf(part[j].x, weight, sum.x), fmaf(part[j].y, weight, sum.y), fmaf(part[j].z, weight, sum.z),
                  fmaf(part[j].w, weight, sum.w)};
@@ -771,12 +842,12 @@ class Block {
   const PagedDecodeParams& p_;
   unsigned char* const turn_;
   Small& small_;
-  long long* const prefix_;
+  int* const prefix_;
   const int warp_, lane_;
   const unsigned ring_;
   Loader<S, Kv> loader_;
   Line line_;
-  long long blocks_ = 1, end_ = 0, ahead_ = 0;
+  int end_ = 0, ahead_ = 0;
 };
 
 // Must not spill (cmake/hot_kernels.txt).
@@ -805,8 +876,11 @@ int PrepareMma() {
   constexpr int kMostShared = 227 * 1024;  // of a block of sm_90
   static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <=
                 kMostShared);
-  return cudaFuncSetAttribute(PagedDecodeMma<T, Kv, kHeadDim, kMTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kMostShared);
+  const auto kernel = PagedDecodeMma<T, Kv, kHeadDim, kMTiles>;
+  const int error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
 }
 
 }  // namespace decode_mma

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "pristine/attention/decode_plan.h"
 #include "pristine/attention/sparse_page_table.h"
 #include "pristine/attention/types.h"
 #include "pristine/graph_runtime/extent.h"
@@ -22,6 +23,7 @@ struct ModelConfig {
   int32_t pool_pages = 0;  // that are handed out; the dummy page 0 comes on top
   int32_t window = 0;
   attention::SparseConfig sparse;
+  attention::DecodeScheduler scheduler = attention::DecodeScheduler::kDevice;
 
   int32_t max_batch() const { return buckets.back().requests; }
   bool is_sparse(int32_t layer) const { return layer + 1 < layers; }

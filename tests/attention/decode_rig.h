@@ -21,6 +21,7 @@
 #include "pristine/buffers/buffer_manager.h"
 #include "pristine/graph_runtime/graph_runner.h"
 #include "pristine/graph_runtime/status.h"
+#include "tests/support/backends.h"
 #include "tests/support/oracle_case.h"
 
 namespace pristine::testing {
@@ -235,6 +236,33 @@ class DecodeRig {
   std::unique_ptr<GraphRunner> runner_;
 };
 
+template <class BackendT>
+class DecodeRigTest : public DeviceTest<BackendT> {
+ protected:
+  void TearDown() override {
+    rig_.reset();
+    DeviceTest<BackendT>::TearDown();
+  }
+  // A rig with room for `step`, and the step's tensors in it.
+  absl::Status Prepare(const DecodeCase& step, RigOptions options = {}) {
+    rig_.reset();
+    options.num_pages = std::max(options.num_pages, step.num_pages());
+    options.max_length = std::max(options.max_length, *std::max_element(step.lengths().begin(), step.lengths().end()));
+    PRISTINE_ASSIGN_OR_RETURN(rig_, DecodeRig::Create(*this->device_, *this->stream_, step.shape(), options));
+    return rig_->Load(step);
+  }
+  // One eager run of the whole case; "" if it is right.
+  std::string Run(const DecodeCase& step, int32_t bucket, RigOptions options = {}) {
+    options.buckets = {bucket};
+    const absl::Status status = [&]() -> absl::Status {
+      PRISTINE_RETURN_IF_ERROR(Prepare(step, options));
+      PRISTINE_RETURN_IF_ERROR(rig_->Begin(bucket, step, step.rows()));
+      return rig_->RunEagerly(bucket, step.rows());
+    }();
+    return status.ok() ? rig_->Check(bucket, step, step.rows()) : status.ToString();
+  }
+  std::unique_ptr<DecodeRig> rig_;
+};
 }  // namespace pristine::testing
 
 #endif  // PRISTINE_TESTS_ATTENTION_DECODE_RIG_H_

@@ -22,32 +22,7 @@ using attention::DecodeVariant;
 using attention::DType;
 
 template <class BackendT>
-class PagedDecodeTest : public DeviceTest<BackendT> {
- protected:
-  void TearDown() override {
-    rig_.reset();
-    DeviceTest<BackendT>::TearDown();
-  }
-  // A rig with room for `step`, and the step's tensors in it.
-  absl::Status Prepare(const DecodeCase& step, RigOptions options = {}) {
-    rig_.reset();
-    options.num_pages = std::max(options.num_pages, step.num_pages());
-    options.max_length = std::max(options.max_length, *std::max_element(step.lengths().begin(), step.lengths().end()));
-    PRISTINE_ASSIGN_OR_RETURN(rig_, DecodeRig::Create(*this->device_, *this->stream_, step.shape(), options));
-    return rig_->Load(step);
-  }
-  // One eager run of the whole case; "" if it is right.
-  std::string Run(const DecodeCase& step, int32_t bucket, RigOptions options = {}) {
-    options.buckets = {bucket};
-    const absl::Status status = [&]() -> absl::Status {
-      PRISTINE_RETURN_IF_ERROR(Prepare(step, options));
-      PRISTINE_RETURN_IF_ERROR(rig_->Begin(bucket, step, step.rows()));
-      return rig_->RunEagerly(bucket, step.rows());
-    }();
-    return status.ok() ? rig_->Check(bucket, step, step.rows()) : status.ToString();
-  }
-  std::unique_ptr<DecodeRig> rig_;
-};
+class PagedDecodeTest : public DecodeRigTest<BackendT> {};
 TYPED_TEST_SUITE(PagedDecodeTest, AllBackends, BackendNames);
 
 const std::vector<int32_t> kNoNeedles = {-1, -1, -1, -1};
@@ -349,6 +324,7 @@ TYPED_TEST(PagedDecodeTest, HostileWorkItemsAndIndptrsAreHarmless) {
                     .head_dim = 64,
                     .max_items = kItems,
                     .blocks = 0,
+                    .most_tiles = 0,
                     .window = 0,
                     .scale_log2 = 1,
                     .soft_cap = 0}));
@@ -447,6 +423,7 @@ class DecodeMutantTest : public PagedDecodeTest<BackendT> {
          .head_dim = shape.head_dim,
          .max_items = max_items,
          .blocks = 0,
+         .most_tiles = 0,
          .window = shape.window,
          .scale_log2 = static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(shape.head_dim)),
          .soft_cap = 0}));

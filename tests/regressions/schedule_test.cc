@@ -74,6 +74,7 @@ TYPED_TEST(ScheduleRegression, Sglang34190EntriesBehindThePlansCountAreNotRun) {
                     .head_dim = kDim,
                     .max_items = kItems,
                     .blocks = 0,
+                    .most_tiles = 0,
                     .window = 0,
                     .scale_log2 = 1,
                     .soft_cap = 0}));
