@@ -80,7 +80,7 @@ __device__ inline int LengthOf(const RowPages& pages) {
   return static_cast<int>(min(static_cast<long long>(pages.length), 0x7fffff00LL));
 }
 __device__ inline int FirstSeen(const PagedDecodeParams& p, int length) {
-  return p.window > 0 ? max(length - p.q_len + 1 - p.window, 0) : 0;
+  return p.window > 0 ? max(length - p.q_len + 1 - min(p.window, length), 0) : 0;
 }
 template <int kTile>
 __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {

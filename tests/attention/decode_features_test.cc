@@ -2,7 +2,9 @@
 // FlashInfer (uniform multi-token decode, sinks, window, logits cap, scales), XQA and FlashMLA (zero lengths, poisoned
 // pages, wild table tails).
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -114,6 +116,21 @@ TYPED_TEST(DecodeFeaturesTest, AWindowCountsFromEachQuerysOwnPosition) {
         EXPECT_EQ(this->Run(DecodeCase(shape, {length}, {needle}), 1), "")
             << shape.ToString() << ", length " << length << ", needle " << needle;
       }
+    }
+  }
+}
+
+// The largest window is none, for rows that are shorter than the chain, too.
+TYPED_TEST(DecodeFeaturesTest, AWindowWithoutBoundIsNone) {
+  for (const int32_t q_len : {1, 16}) {
+    for (const DecodeScheduler scheduler : kSchedulers) {
+      const DecodeShape shape = {.dtype = DType::kBFloat16,
+                                 .page_size = 16,
+                                 .window = std::numeric_limits<int32_t>::max(),
+                                 .seed = 845,
+                                 .q_len = q_len};
+      const DecodeCase step(shape, {1, 0, q_len - 1, q_len, 150}, {-1, -1, -1, -1, 0});
+      EXPECT_EQ(this->Run(step, 6, {.scheduler = scheduler}), "") << shape.ToString();
     }
   }
 }
