@@ -22,6 +22,7 @@ absl::Status CheckShape(const AttentionShape& shape) {
   if (shape.q_heads < 1 || shape.q_heads % shape.kv_heads != 0) {
     return refuse("q_heads", shape.q_heads, "a multiple of kv_heads");
   }
+  if (shape.q_len < 1) return refuse("q_len", shape.q_len, "1 or more");
   if (shape.page_size < 1) return refuse("page_size", shape.page_size, "1 or more");
   if (shape.min_length < 0) return refuse("min_length", shape.min_length, "0 or more");
   if (shape.max_length < 2 || shape.max_length < shape.min_length) {
@@ -67,7 +68,12 @@ class AttentionSubject final : public Subject {
 
  private:
   StepImage ImageOf(size_t step) const { return StepImage(shape_, layout_, kit_steps_[step]); }
-  std::string Values(const Bytes& a, const Bytes& b, int32_t row, int32_t head) const;
+  // `place`: query * q_heads + head.
+  Place PlaceOf(int32_t row, int32_t place, const std::string& what) const {
+    const int32_t query = place / shape_.q_heads, head = place % shape_.q_heads;
+    return {row, head, shape_.q_len == 1 ? what : absl::StrCat("query ", query, ": ", what)};
+  }
+  std::string Values(const Bytes& a, const Bytes& b, int32_t row, int32_t place) const;
 
   AttentionWrapper& wrapper_;
   const AttentionShape& shape_;
@@ -76,16 +82,17 @@ class AttentionSubject final : public Subject {
   std::vector<Step> steps_;
 };
 
-// The first live (row, head) whose out or lse differ.
+// The first live (row, query, head) whose out or lse differ.
 std::optional<Subject::Place> AttentionSubject::Difference(size_t step, const Bytes& a, const Bytes& b) const {
   for (int32_t row = 0; row < kit_steps_[step].requests(); ++row) {
-    for (int32_t head = 0; head < shape_.q_heads; ++head) {
+    for (int32_t place = 0; place < shape_.q_len * shape_.q_heads; ++place) {
       for (const Layout::Name name : {Layout::kOut, Layout::kLse}) {
         if (name == Layout::kLse && shape_.lse == AttentionShape::Lse::kNone) continue;
         const Layout::Part& part = layout_[name];
-        const size_t bytes = part.row / shape_.q_heads, offset = part.offset + row * part.row + head * bytes;
+        const size_t bytes = part.row / (shape_.q_len * shape_.q_heads);
+        const size_t offset = part.offset + row * part.row + place * bytes;
         if (std::memcmp(a.data() + offset, b.data() + offset, bytes) != 0) {
-          return Place{row, head, Values(a, b, row, head)};
+          return PlaceOf(row, place, Values(a, b, row, place));
         }
       }
     }
@@ -96,24 +103,24 @@ std::optional<Subject::Place> AttentionSubject::Difference(size_t step, const By
 std::optional<Subject::Place> AttentionSubject::WrongValue(size_t step, const Bytes& found) const {
   const StepImage image = ImageOf(step);
   for (int32_t row = 0; row < kit_steps_[step].requests(); ++row) {
-    for (int32_t head = 0; head < shape_.q_heads; ++head) {
-      const std::string wrong = image.WrongValue(found, row, head);
-      if (!wrong.empty()) return Place{row, head, wrong};
+    for (int32_t place = 0; place < shape_.q_len * shape_.q_heads; ++place) {
+      const std::string wrong = image.WrongValue(found, row, place / shape_.q_heads, place % shape_.q_heads);
+      if (!wrong.empty()) return PlaceOf(row, place, wrong);
     }
   }
   return std::nullopt;
 }
 
 // "out[3] 0.5 and nan": the first element in which a head's outputs differ, else its lse.
-std::string AttentionSubject::Values(const Bytes& a, const Bytes& b, int32_t row, int32_t head) const {
+std::string AttentionSubject::Values(const Bytes& a, const Bytes& b, int32_t row, int32_t place) const {
   const Layout::Part &out = layout_[Layout::kOut], &lse = layout_[Layout::kLse];
   for (int32_t d = 0; d < shape_.head_dim; ++d) {
-    const size_t offset = out.offset + row * out.row + (head * shape_.head_dim + d) * out.element;
+    const size_t offset = out.offset + row * out.row + (place * shape_.head_dim + d) * out.element;
     if (std::memcmp(a.data() + offset, b.data() + offset, out.element) == 0) continue;
     return absl::StrCat("out[", d, "] ", Fetch(shape_.dtype, a.data() + offset), " and ",
                         Fetch(shape_.dtype, b.data() + offset));
   }
-  const size_t offset = lse.offset + row * lse.row + head * lse.element;
+  const size_t offset = lse.offset + row * lse.row + place * lse.element;
   return absl::StrCat("lse ", Fetch(attention::DType::kFloat32, a.data() + offset), " and ",
                       Fetch(attention::DType::kFloat32, b.data() + offset));
 }

@@ -27,15 +27,17 @@ void FillParts(Bytes& image, const Layout& layout, std::initializer_list<Layout:
 
 Layout::Layout(const AttentionShape& shape) {
   const size_t element = SizeOf(shape.dtype);
-  const size_t q_row = element * shape.q_heads * shape.head_dim, kv_row = element * shape.kv_heads * shape.head_dim;
+  const size_t q_row = element * shape.q_len * shape.q_heads * shape.head_dim;
+  const size_t kv_row = element * shape.kv_heads * shape.head_dim, new_row = kv_row * shape.q_len;
+  const size_t lse_row = sizeof(float) * shape.q_len * shape.q_heads;
   const size_t page = kv_row * shape.page_size, requests = shape.max_requests(), pages = shape.num_pages() + 1;
   parts_ = {Part{"q", 0, requests * q_row, element, q_row},
-            {"k_new", 0, requests * kv_row, element, kv_row},
-            {"v_new", 0, requests * kv_row, element, kv_row},
+            {"k_new", 0, requests * new_row, element, new_row},
+            {"v_new", 0, requests * new_row, element, new_row},
             {"k", 0, pages * page, element, page},
             {"v", 0, pages * page, element, page},
             {"out", 0, requests * q_row, element, q_row},
-            {"lse", 0, requests * shape.q_heads * sizeof(float), sizeof(float), shape.q_heads * sizeof(float)}};
+            {"lse", 0, requests * lse_row, sizeof(float), lse_row}};
   for (Part& part : parts_) {
     part.offset = bytes_;
     bytes_ = AlignUp(bytes_ + part.bytes) + 256;
@@ -107,16 +109,20 @@ std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
   }
   const int32_t dim = shape_.head_dim, kv_row = shape_.kv_heads * dim;
   for (int32_t r = 0; r < step_.requests(); ++r) {
-    const int32_t length = step_.lengths[r], newest = length - 1;
-    for (int32_t i = 0; i < shape_.q_heads * dim; ++i) {
-      Put(image, Layout::kQ, int64_t{r} * shape_.q_heads * dim + i, Value(kQuery, r, 0, i / dim, i % dim));
+    const int32_t length = step_.lengths[r], first_new = length - shape_.q_len;
+    for (int32_t query = 0; query < shape_.q_len; ++query) {
+      const int64_t first = (int64_t{r} * shape_.q_len + query) * shape_.q_heads * dim;
+      for (int32_t i = 0; i < shape_.q_heads * dim; ++i) {
+        Put(image, Layout::kQ, first + i, Value(kQuery, r, query, i / dim, i % dim));
+      }
     }
     for (int32_t p = 0; p < length; ++p) {
       for (int32_t i = 0; i < kv_row; ++i) {
         const double key = Value(kKey, r, p, i / dim, i % dim), value = Value(kValue, r, p, i / dim, i % dim);
-        if (p == newest) {
-          Put(image, Layout::kKNew, int64_t{r} * kv_row + i, key);
-          Put(image, Layout::kVNew, int64_t{r} * kv_row + i, value);
+        if (p >= first_new) {
+          const int64_t place = (int64_t{r} * shape_.q_len + p - first_new) * kv_row + i;
+          Put(image, Layout::kKNew, place, key);
+          Put(image, Layout::kVNew, place, value);
           if (shape_.appends && !appended) continue;
         }
         Put(image, Layout::kK, step_.Slot(shape_, r, p) * kv_row + i, key);
@@ -127,16 +133,17 @@ std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
   return image;
 }
 
-std::string StepImage::WrongValue(const std::vector<std::byte>& after, int32_t row, int32_t head) const {
+std::string StepImage::WrongValue(const std::vector<std::byte>& after, int32_t row, int32_t query, int32_t head) const {
   const int32_t dim = shape_.head_dim, kv_head = head / (shape_.q_heads / shape_.kv_heads);
   const double scale = shape_.scale > 0 ? shape_.scale : 1 / std::sqrt(static_cast<double>(dim));
-  std::vector<double> query(dim), scores;
-  for (int32_t d = 0; d < dim; ++d) query[d] = Value(kQuery, row, 0, head, d);
+  std::vector<double> q(dim), scores;
+  for (int32_t d = 0; d < dim; ++d) q[d] = Value(kQuery, row, query, head, d);
   std::vector<int32_t> positions;
-  for (int32_t p = 0; p < step_.lengths[row]; ++p) {
-    if (shape_.attended && !shape_.attended(step_.lengths[row], kv_head, p)) continue;
+  const int32_t length = step_.lengths[row] - shape_.q_len + 1 + query;  // up to this query
+  for (int32_t p = 0; p < length; ++p) {
+    if (shape_.attended && !shape_.attended(length, kv_head, p)) continue;
     double score = 0;
-    for (int32_t d = 0; d < dim; ++d) score += query[d] * Value(kKey, row, p, kv_head, d);
+    for (int32_t d = 0; d < dim; ++d) score += q[d] * Value(kKey, row, p, kv_head, d);
     positions.push_back(p);
     scores.push_back(score * scale);
   }
@@ -149,7 +156,7 @@ std::string StepImage::WrongValue(const std::vector<std::byte>& after, int32_t r
     for (int32_t d = 0; d < dim; ++d) expected[d] += mass * Value(kValue, row, positions[i], kv_head, d);
   }
   double error = 0, norm = 0;
-  const int64_t place = int64_t{row} * shape_.q_heads + head;
+  const int64_t place = (int64_t{row} * shape_.q_len + query) * shape_.q_heads + head;
   for (int32_t d = 0; d < dim; ++d) {
     if (sum > 0) expected[d] /= sum;
     const std::byte* address = after.data() + layout_[Layout::kOut].offset + (place * dim + d) * SizeOf(shape_.dtype);

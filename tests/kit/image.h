@@ -46,8 +46,8 @@ class StepImage {
       : shape_(shape), layout_(layout), step_(step) {}
   // What the step finds, or (appended) what must be there afterwards but for outputs.
   std::vector<std::byte> Build(Poison poison, bool appended) const;
-  // "" if out and lse of (row, head) in `after` are attention.
-  std::string WrongValue(const std::vector<std::byte>& after, int32_t row, int32_t head) const;
+  // "" if out and lse of (row, query, head) in `after` are attention.
+  std::string WrongValue(const std::vector<std::byte>& after, int32_t row, int32_t query, int32_t head) const;
 
  private:
   enum What : uint64_t { kQuery, kKey, kValue };

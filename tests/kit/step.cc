@@ -71,13 +71,15 @@ std::vector<KitStep> MakeSteps(const AttentionShape& shape) {
       std::iota(pages.begin(), pages.end(), 1);
       for (size_t p = pages.size(); p > 1; --p) std::swap(pages[p - 1], pages[Mix(step.seed + p) % p]);
       for (const int32_t length : step.lengths) {
-        const int32_t r = static_cast<int32_t>(step.slots.size());
+        const int32_t r = static_cast<int32_t>(step.indptr.size()) - 1;
         const int32_t count = (length + shape.page_size - 1) / shape.page_size;
         step.indices.insert(step.indices.end(), pages.begin() + step.indptr.back(),
                             pages.begin() + step.indptr.back() + count);
         step.indptr.push_back(step.indptr.back() + count);
-        step.slots.push_back(length == 0 ? -1 : static_cast<int32_t>(step.Slot(shape, r, length - 1)));
-        step.positions.push_back(std::max(0, length - 1));
+        for (int32_t position = length - shape.q_len; position < length; ++position) {
+          step.slots.push_back(position < 0 ? -1 : static_cast<int32_t>(step.Slot(shape, r, position)));
+          step.positions.push_back(std::max(0, position));
+        }
       }
       steps.push_back(std::move(step));
     }

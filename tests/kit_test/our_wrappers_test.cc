@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -23,6 +24,7 @@ namespace {
 
 using attention::AppendKv;
 using attention::DecodePlan;
+using attention::DecodeScheduler;
 using attention::DType;
 using attention::PagedDecode;
 using attention::PagedPrefill;
@@ -38,29 +40,33 @@ using conformance::Conforms;
 
 float Scale(const AttentionShape& shape) { return 1 / std::sqrt(static_cast<float>(shape.head_dim)); }
 
-// StepMetadata, a plan and PagedDecode, with a sliding window if `window` > 0.
+// StepMetadata, a plan and PagedDecode, for target verify if the shape has several queries; with a sliding window if
+// `window` > 0.
 class DecodeWrapper : public conformance::AttentionWrapper {
  public:
   static absl::StatusOr<std::unique_ptr<DecodeWrapper>> Create(Device& device, const AttentionShape& shape,
-                                                               int32_t window) {
+                                                               int32_t window,
+                                                               DecodeScheduler scheduler = DecodeScheduler::kDevice) {
     std::unique_ptr<DecodeWrapper> wrapper(new DecodeWrapper(shape));
     PRISTINE_ASSIGN_OR_RETURN(wrapper->manager_, BufferManager::Create(device));
     PRISTINE_ASSIGN_OR_RETURN(wrapper->metadata_,
                               StepMetadata::Create(*wrapper->manager_, {.max_requests = shape.max_requests(),
-                                                                        .max_tokens = shape.max_requests(),
+                                                                        .max_tokens = shape.max_tokens(),
                                                                         .page_size = shape.page_size,
                                                                         .num_pages = shape.num_pages(),
                                                                         .max_step_pages = shape.max_step_pages(),
                                                                         .max_length = shape.max_length}));
-    attention::DecodePlanConfig plan = {.q_heads = shape.q_heads,
+    attention::DecodePlanConfig plan = {.q_len = shape.q_len,
+                                        .q_heads = shape.q_heads,
                                         .kv_heads = shape.kv_heads,
                                         .head_dim = shape.head_dim,
                                         .dtype = shape.dtype,
                                         .page_size = shape.page_size,
                                         .window = window,
                                         .max_row_tokens = shape.max_length,
-                                        .derived_from = {wrapper->metadata_->lengths().id}};
-    for (const int32_t bucket : shape.buckets) plan.buckets.push_back({bucket, bucket});
+                                        .derived_from = {wrapper->metadata_->lengths().id},
+                                        .scheduler = scheduler};
+    for (const int32_t bucket : shape.buckets) plan.buckets.push_back(wrapper->Of(bucket));
     PRISTINE_ASSIGN_OR_RETURN(wrapper->plan_, DecodePlan::Create(*wrapper->manager_, plan));
     PRISTINE_ASSIGN_OR_RETURN(wrapper->decode_, PagedDecode::Create(*wrapper->plan_, Scale(shape)));
     PRISTINE_RETURN_IF_ERROR(wrapper->manager_->Seal());
@@ -69,15 +75,15 @@ class DecodeWrapper : public conformance::AttentionWrapper {
 
   absl::Status Prepare(Stream& stream, int32_t bucket, const StepValues& step) override {
     const int32_t real = static_cast<int32_t>(step.lengths.size());
-    PRISTINE_RETURN_IF_ERROR(manager_->BeginStep({bucket, bucket}, {real, real}));
+    PRISTINE_RETURN_IF_ERROR(manager_->BeginStep(Of(bucket), Of(real)));
     PRISTINE_RETURN_IF_ERROR(metadata_->Refill(step));
-    PRISTINE_RETURN_IF_ERROR(plan_->Plan({bucket, bucket}, step.lengths));
-    return manager_->BeforeReplay(stream, {bucket, bucket}, {real, real});
+    PRISTINE_RETURN_IF_ERROR(plan_->Plan(Of(bucket), step.lengths));
+    return manager_->BeforeReplay(stream, Of(bucket), Of(real));
   }
   absl::Status Run(Stream& stream, int32_t bucket, const AttentionTensors& t) override {
-    PRISTINE_RETURN_IF_ERROR(manager_->RecordPrologue(stream, {bucket, bucket}));
+    PRISTINE_RETURN_IF_ERROR(manager_->RecordPrologue(stream, Of(bucket)));
     if (shape_.appends) {
-      PRISTINE_RETURN_IF_ERROR(AppendKv(stream, bucket,
+      PRISTINE_RETURN_IF_ERROR(AppendKv(stream, Of(bucket).tokens,
                                         {.dtype = shape_.dtype,
                                          .kv_heads = shape_.kv_heads,
                                          .head_dim = shape_.head_dim,
@@ -87,7 +93,7 @@ class DecodeWrapper : public conformance::AttentionWrapper {
                                          .k = t.k,
                                          .v = t.v}));
     }
-    return decode_->Run(stream, {bucket, bucket},
+    return decode_->Run(stream, Of(bucket),
                         {.q = t.q,
                          .k = t.k,
                          .v = t.v,
@@ -108,6 +114,8 @@ class DecodeWrapper : public conformance::AttentionWrapper {
 
  private:
   explicit DecodeWrapper(const AttentionShape& shape) : shape_(shape) {}
+  Extent Of(int32_t requests) const { return {requests, requests * shape_.q_len}; }
+
   const AttentionShape shape_;
   std::unique_ptr<BufferManager> manager_;
   std::unique_ptr<StepMetadata> metadata_;
@@ -292,9 +300,11 @@ class OurWrappersTest : public DeviceTest<BackendT> {
     EXPECT_EQ(manager.stats().neutralised, 0);
   }
   void ExpectConforms(const AttentionShape& shape, int32_t window = 0) {
-    ASSERT_OK_AND_ASSIGN(const auto wrapper, DecodeWrapper::Create(*this->device_, shape, window));
-    EXPECT_TRUE(Conforms(*this->stream_, *wrapper, shape));
-    ExpectClean(wrapper->manager());
+    for (const DecodeScheduler scheduler : {DecodeScheduler::kDevice, DecodeScheduler::kHost}) {
+      ASSERT_OK_AND_ASSIGN(const auto wrapper, DecodeWrapper::Create(*this->device_, shape, window, scheduler));
+      EXPECT_TRUE(Conforms(*this->stream_, *wrapper, shape));
+      ExpectClean(wrapper->manager());
+    }
   }
 };
 TYPED_TEST_SUITE(OurWrappersTest, AllBackends, BackendNames);
@@ -314,6 +324,26 @@ TYPED_TEST(OurWrappersTest, WindowedDecodeConforms) {
   const auto last_eleven = [](int32_t length, int32_t, int32_t position) { return position >= length - 11; };
   this->ExpectConforms({.attended = last_eleven}, 11);
   this->ExpectConforms({.dtype = DType::kBFloat16, .page_size = 1, .buckets = {3, 4}, .attended = last_eleven}, 11);
+}
+
+TYPED_TEST(OurWrappersTest, TargetVerifyConforms) {
+  const auto last_eleven = [](int32_t length, int32_t, int32_t position) { return position >= length - 11; };
+  this->ExpectConforms({.q_len = 4, .buckets = {1, 3}});
+  this->ExpectConforms({.dtype = DType::kBFloat16, .q_heads = 6, .kv_heads = 1, .q_len = 3, .buckets = {2, 4}});
+  this->ExpectConforms({.dtype = DType::kBFloat16, .q_len = 5, .page_size = 3, .buckets = {3}, .appends = true});
+  this->ExpectConforms({.dtype = DType::kBFloat16, .q_len = 2, .page_size = 1, .buckets = {3}, .attended = last_eleven},
+                       11);
+}
+
+TYPED_TEST(OurWrappersTest, AChainThatIsOffByOneIsAWrongValueOfAQuery) {
+  // By this shape the wrapper's queries see a token too many.
+  const auto not_itself = [](int32_t length, int32_t, int32_t position) { return position < length - 1; };
+  const AttentionShape shape = {.q_len = 2, .buckets = {2}, .attended = not_itself};
+  ASSERT_OK_AND_ASSIGN(const auto wrapper, DecodeWrapper::Create(*this->device_, shape, 0));
+  ASSERT_OK_AND_ASSIGN(const conformance::Report report, CheckAttention(*this->stream_, *wrapper, shape));
+  ASSERT_EQ(report.findings.size(), 1u) << report.ToString();
+  EXPECT_EQ(report.findings[0].kind, conformance::Finding::Kind::kWrongValue);
+  EXPECT_NE(report.findings[0].detail.find("query 0: "), std::string::npos) << report.ToString();
 }
 
 TYPED_TEST(OurWrappersTest, AWindowThatTheShapeDoesNotNameIsAWrongValue) {

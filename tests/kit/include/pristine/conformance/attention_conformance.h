@@ -1,4 +1,5 @@
-// A conformance kit for paged decode attention under CUDA graphs. Point it at your own wrapper, on either backend:
+// A conformance kit for paged decode and target verify attention under CUDA graphs. Point it at your own wrapper, on
+// either backend:
 //
 //   class MyWrapper : public pristine::conformance::AttentionWrapper { … Prepare, Run, BoundArrays … };
 //
@@ -41,20 +42,24 @@ namespace pristine::conformance {
 struct AttentionShape {
   attention::DType dtype = attention::DType::kFloat32;  // of q, k, v and out
   int32_t q_heads = 4, kv_heads = 2, head_dim = 64;
+  int32_t q_len = 1;                         // query tokens of a request, its newest ones: several in target verify
   int32_t page_size = 8;                     // tokens
   int32_t max_length = 40;                   // of a request, in tokens
   std::vector<int32_t> buckets = {1, 3, 8};  // requests, ascending
-  int32_t min_length = 0;                    // of a live request: 1 where the wrapper takes no empty ones
-  double scale = 0;                          // of scores; 0: 1 / sqrt(head_dim)
+  // Of a live request: 1 where the wrapper takes no empty ones, q_len where it takes none shorter than its queries.
+  int32_t min_length = 0;
+  double scale = 0;                                              // of scores; 0: 1 / sqrt(head_dim)
   enum class Lse { kNone, kBase2, kNatural } lse = Lse::kBase2;  // what Run writes to AttentionTensors::lse
   // Run stores k_new and v_new at the step's slots before it attends. Otherwise it finds them stored.
   bool appends = false;
-  // Whether the newest token of a request of `length` attends `position`: a window, a sparse selection. Null: all.
+  // Whether the newest token of a request of `length` attends `position`: a window, a sparse selection. Null: all. Each
+  // of several queries is asked for as if it were the newest: query i of a request for length - q_len + 1 + i.
   std::function<bool(int32_t length, int32_t kv_head, int32_t position)> attended = nullptr;
   int32_t steps_in_flight = 2;  // Prepare may be called while this many - 1 earlier steps have not run yet
   uint64_t seed = 1;            // of values, pages and random lengths
 
   int32_t max_requests() const { return buckets.back(); }
+  int32_t max_tokens() const { return max_requests() * q_len; }
   int32_t max_step_pages() const { return max_requests() * ((max_length - 1) / page_size + 1); }
   // Page 0 is the dummy page: zeros, may be written, belongs to no request. The last page belongs to none either.
   int32_t num_pages() const { return max_step_pages() + 2; }
@@ -63,11 +68,12 @@ struct AttentionShape {
 // Device memory of all runs: the addresses never change. One page more than num_pages() is mapped, so that a page
 // number or slot just out of range reads poison instead of crashing the test.
 struct AttentionTensors {
-  DeviceSpan<const std::byte> q;             // [max_requests, q_heads, head_dim]
-  DeviceSpan<const std::byte> k_new, v_new;  // [max_requests, kv_heads, head_dim], of each request's newest token
+  DeviceSpan<const std::byte> q;             // [max_requests, q_len, q_heads, head_dim]
+  DeviceSpan<const std::byte> k_new, v_new;  // [max_requests, q_len, kv_heads, head_dim], of the newest tokens
   DeviceSpan<std::byte> k, v;                // [num_pages, page_size, kv_heads, head_dim]
-  DeviceSpan<std::byte> out;                 // [max_requests, q_heads, head_dim]; live empty requests: zeros
-  DeviceSpan<float> lse;                     // [max_requests, q_heads]; live empty requests: -inf
+  // Of queries that attend nothing, those of an empty request or before a request's first token: zeros and -inf.
+  DeviceSpan<std::byte> out;  // [max_requests, q_len, q_heads, head_dim]
+  DeviceSpan<float> lse;      // [max_requests, q_len, q_heads]
 };
 
 // The wrapper under test, as an engine uses it: Prepare and Run eagerly, or Run once in a capture, and then Prepare and
@@ -77,8 +83,8 @@ class AttentionWrapper {
  public:
   virtual ~AttentionWrapper() = default;
   // The host's part: plans, pads up to `bucket` requests, queues copies. `step` holds the real part only, and only
-  // during the call; a request of length 0 has no pages and slot -1. With BufferManager: BeginStep, Refill, Plan,
-  // BeforeReplay.
+  // during the call; a request of length 0 has no pages, and slots before a request's first token are -1. With
+  // BufferManager: BeginStep, Refill, Plan, BeforeReplay.
   virtual absl::Status Prepare(Stream& stream, int32_t bucket, const attention::StepValues& step) = 0;
   // The device's part: queues kernels for `bucket` requests; captureable. With BufferManager: RecordPrologue, then the
   // kernels (and Seal before the first capture).
