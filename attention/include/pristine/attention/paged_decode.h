@@ -32,8 +32,8 @@ struct DecodeTensors {
   DeviceSpan<const int32_t> block_table =
       {};                                // [rows, block_table_stride] page numbers, instead of the two; needs lengths
   int64_t block_table_stride = 0;        // elements from row to row: the pages that a row can have
-  DeviceSpan<const float> k_scale = {};  // [1]; empty: 1
-  DeviceSpan<const float> v_scale = {};  // [1]; empty: 1
+  DeviceSpan<const float> k_scale = {};  // [1], > 0, read when the kernel runs; empty: 1
+  DeviceSpan<const float> v_scale = {};  // [1], likewise; empty: 1
   DeviceSpan<const float> sinks = {};    // [q_heads] logits, natural log; empty: none
 };
 
