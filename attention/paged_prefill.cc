@@ -82,6 +82,11 @@ absl::StatusOr<std::unique_ptr<PagedPrefill>> PagedPrefill::Create(Device& devic
                                                    capability, ", needs ", only == 0 ? "at least " : "",
                                                    only == 0 ? kMinCapability : only));
     }
+    if (static_cast<size_t>(variant.shared_bytes) > device.shared_bytes_per_block()) {
+      return absl::UnimplementedError(absl::StrCat(variant.kernel.name, ": ", device.name(), " has ",
+                                                   device.shared_bytes_per_block(),
+                                                   " bytes of shared memory per block, needs ", variant.shared_bytes));
+    }
     if (variant.prepare != nullptr) {
       // Attributes belong to the current device; queueing on one of its streams makes this device the current one.
       PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());

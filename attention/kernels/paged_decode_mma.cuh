@@ -873,14 +873,13 @@ int LaunchMma(CUstream_st* stream, const PagedDecodeParams& params) {
 
 template <class T, class Kv, int kHeadDim, int kMTiles>
 int PrepareMma() {
-  constexpr int kMostShared = 227 * 1024;  // of a block of sm_90
   static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <=
-                kMostShared);
+                kDecodeMmaSharedBytes);
   const auto kernel = PagedDecodeMma<T, Kv, kHeadDim, kMTiles>;
   const int error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDecodeMmaSharedBytes);
 }
 
 }  // namespace decode_mma

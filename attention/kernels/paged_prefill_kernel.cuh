@@ -50,7 +50,7 @@ struct Tiling {
   static constexpr int kPositionsAt = kMissingAt + kOffsetBuffers * 2 * 4;
   static constexpr int kBlockAt = kPositionsAt + kRows * 4;
   static constexpr int kSharedBytes = kBlockAt + 48;
-  static_assert(kSharedBytes <= 99 * 1024, "two blocks share a multiprocessor; and sm_86 and sm_89 have no more");
+  static_assert(kSharedBytes <= kPrefillMmaSharedBytes, "two blocks share a multiprocessor, too");
 };
 
 // Where 16-byte chunk `chunk` of a row lies in a tile of kTileRows rows, for both units' reads without bank conflicts:
