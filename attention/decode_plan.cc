@@ -19,10 +19,15 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int32_t kMinChunk = 128;  // tokens; a smaller item costs more to merge than it saves
 constexpr int32_t kChunkUnit = 16;
-constexpr int32_t kMaxRows = 8192;  // their prefix sums are in the decode kernel's shared memory
 
 int64_t Rows(const DecodePlanConfig& config, const Extent& bucket) {
   return int64_t{config.rows_per_request} * bucket.requests;
+}
+
+int32_t BlocksPerMultiprocessor(const DecodePlanConfig& config) {
+  const DecodeVariant* const variant =
+      FindDecodeVariant(config.dtype, config.kv_dtype.value_or(config.dtype), config.head_dim);
+  return variant == nullptr ? 0 : variant->blocks_per_multiprocessor;
 }
 
 int64_t MaxItems64(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors) {
@@ -178,9 +183,10 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
     if (std::find(config.buckets.begin(), config.buckets.begin() + i, bucket) != config.buckets.begin() + i) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " is given twice"));
     }
-    if (Rows(config, bucket) > kMaxRows) {
+    if (Rows(config, bucket) > DecodeMaxRows(config.head_dim)) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": bucket ", bucket.ToString(), " has ",
-                                                     Rows(config, bucket), " rows, must be at most ", kMaxRows));
+                                                     Rows(config, bucket), " rows, must be at most ",
+                                                     DecodeMaxRows(config.head_dim)));
     }
     const int32_t packed = config.q_heads / config.kv_heads * config.q_len;
     const int32_t tile =
@@ -242,6 +248,18 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
   return count;
 }
 
+int64_t ScratchValues(const DecodePlanConfig& config, int multiprocessors) {
+  if (config.scheduler == DecodeScheduler::kHost) {
+    int64_t items = 0;
+    for (const Extent& bucket : config.buckets) {
+      items = std::max<int64_t>(items, MaxItems(config, bucket, multiprocessors));
+    }
+    return items * config.q_len * config.q_heads * (config.head_dim + 1);
+  }
+  const int64_t blocks = int64_t{BlocksPerMultiprocessor(config)} * multiprocessors;
+  return blocks * (2 * kDecodeTileRows * (config.head_dim + 1) + 1);
+}
+
 absl::StatusOr<std::unique_ptr<DecodePlan>> DecodePlan::Create(BufferManager& manager, const DecodePlanConfig& given) {
   DecodePlanConfig config = given;
   if (config.worst_row_tokens == 0) config.worst_row_tokens = config.max_row_tokens;
@@ -286,8 +304,7 @@ absl::Status DecodePlan::RegisterHostPlans() {
 
 absl::Status DecodePlan::RegisterDeviceScratch() {
   for (const Extent& bucket : config_.buckets) workspaces_.push_back({.bucket = bucket, .max_items = 0, .values = {}});
-  const DecodeVariant* const variant = FindDecodeVariant(config_.dtype, *config_.kv_dtype, config_.head_dim);
-  blocks_ = variant->blocks_per_multiprocessor * manager_.device().multiprocessors();
+  blocks_ = BlocksPerMultiprocessor(config_) * manager_.device().multiprocessors();
   if (blocks_ == 0) return absl::OkStatus();
   const std::vector<uint32_t> zeros(static_cast<size_t>(blocks_));
   PRISTINE_ASSIGN_OR_RETURN(counters_,

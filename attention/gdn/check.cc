@@ -36,6 +36,23 @@ absl::Status CheckRows(const char* op, const char* what, const Rows& rows, size_
   return CheckTensor(op, what, rows.data.address(), rows.data.bytes(), element_bytes, need, element_bytes);
 }
 
+absl::Status CheckStates(const char* op, const char* what, const StateView& view, int32_t v_heads, int32_t slots) {
+  constexpr int64_t kMaxStride = int64_t{1} << 31;
+  constexpr int64_t kAlignment = 16;  // bytes, of vector loads
+  PRISTINE_RETURN_IF_ERROR(CheckDType(op, what, view.dtype));
+  const int64_t packed = v_heads * kStateElements;
+  const int64_t vector = kAlignment / static_cast<int64_t>(SizeOf(view.dtype));
+  if (v_heads < 1 || view.v_heads != v_heads || view.slots < slots || view.slots < 1 || view.slot_stride < packed ||
+      view.slot_stride > kMaxStride || view.slot_stride % vector != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        op, ": ", what, " has ", view.slots, " slots of ", view.v_heads, " heads, ", view.slot_stride,
+        " elements apart; needs at least ", slots, " slots of ", v_heads, " heads (at least 1), the distance in [",
+        packed, ", ", kMaxStride, "] and a multiple of ", vector));
+  }
+  return CheckTensor(op, what, view.states.address(), view.states.bytes(), SizeOf(view.dtype),
+                     (view.slots - 1) * view.slot_stride + packed, kAlignment);
+}
+
 absl::Status CheckGates(const char* op, const GateInputs& inputs, int64_t tokens, GatesParams& params) {
   if (inputs.v_heads < 1) {
     return absl::InvalidArgumentError(absl::StrCat(op, ": v_heads is ", inputs.v_heads, ", must be at least 1"));

@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "attention/gdn/kernels/gates.h"
 #include "pristine/attention/gdn/gates.h"
+#include "pristine/attention/gdn/state_pool.h"
 
 namespace pristine::attention::gdn {
 
@@ -20,6 +21,10 @@ absl::Status CheckTensor(const char* op, const char* what, const void* address, 
 // that is below `width`.
 absl::Status CheckRows(const char* op, const char* what, const Rows& rows, size_t element_bytes, int64_t tokens,
                        int64_t width, int64_t& stride);
+// `what`, of op `op`, must hold at least `slots` slots of `v_heads` heads that its memory has room for and whose states
+// 16-byte loads take. INVALID_ARGUMENT: else, or a distance between slots above 2^31 elements, so that no offset
+// overflows. UNIMPLEMENTED: as CheckDType.
+absl::Status CheckStates(const char* op, const char* what, const StateView& view, int32_t v_heads, int32_t slots = 1);
 // Checks `inputs` for `tokens` rows and fills all of `params` but g and beta.
 absl::Status CheckGates(const char* op, const GateInputs& inputs, int64_t tokens, GatesParams& params);
 

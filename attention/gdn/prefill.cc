@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "attention/gdn/check.h"
 #include "attention/gdn/kernels/prefill.h"
+#include "pristine/attention/device_caps.h"
+#include "pristine/attention/gdn/prefill_gate.h"
 #include "pristine/graph_runtime/launch.h"
 #include "pristine/graph_runtime/status.h"
 
@@ -34,6 +37,21 @@ constexpr Kernel<PrefillParams> kStates = {"gdn_prefill_states", &PrefillStatesH
                                            &StatesWrites};
 constexpr int (*kSetUps[])() = {PRISTINE_CUDA(&PrefillSetUpPrepareCuda), PRISTINE_CUDA(&PrefillSetUpStatesCuda)};
 
+// The first takes the most shared memory: where it fits, Run may choose any of them.
+constexpr GdnTuning kCompiled[] = {{kHeadDim, PrefillStatesWarps(kHeadDim), kPrefillStages},
+                                   {kHeadDim / 2, PrefillStatesWarps(kHeadDim / 2), kPrefillStages}};
+
+// The environment's tuning as far as it may be used on `caps`; none: nothing is set and all that is compiled may be.
+absl::StatusOr<std::optional<GdnTuning>> ChooseTuning(const DeviceCaps& caps, TuningPolicy& policy) {
+  const TunableKernel kernel = PrefillStateKernel();
+  PRISTINE_ASSIGN_OR_RETURN(const GdnTuning asked, GdnTuningFromEnvironment(kernel.compiled));
+  const int64_t limit = caps.backend == Backend::kHost ? std::numeric_limits<int64_t>::max()
+                                                       : static_cast<int64_t>(caps.shared_bytes_per_block);
+  PRISTINE_ASSIGN_OR_RETURN(const GdnTuning chosen, policy.Choose(asked, kernel, limit));
+  if (!asked.from_environment && chosen == asked) return std::optional<GdnTuning>();
+  return std::optional<GdnTuning>(chosen);
+}
+
 // Rows of bfloat16 that vector loads take.
 absl::Status CheckVectorRows(const char* what, const Rows& rows, int64_t tokens, int64_t width, int64_t& stride) {
   PRISTINE_RETURN_IF_ERROR(CheckRows(kOp, what, rows, sizeof(uint16_t), tokens, width, stride));
@@ -47,11 +65,17 @@ absl::Status CheckVectorRows(const char* what, const Rows& rows, int64_t tokens,
 
 }  // namespace
 
+TunableKernel PrefillStateKernel() {
+  return {"gdn_prefill_states", kCompiled,
+          [](const GdnTuning& tuning) { return int64_t{PrefillStatesSharedBytes(tuning.bv, tuning.num_stages)}; }};
+}
+
 int64_t PrefillWorkspaceBytes(const PrefillConfig& config) {
   return int64_t{sizeof(ChunkRecord)} * ChunkBound(config.largest.requests, config.largest.tokens) * config.v_heads;
 }
 
-absl::StatusOr<std::unique_ptr<Prefill>> Prefill::Create(Device& device, const PrefillConfig& config) {
+absl::StatusOr<std::unique_ptr<Prefill>> Prefill::Create(Device& device, const PrefillConfig& config,
+                                                         TuningPolicy* tuning) {
   constexpr int32_t kMaxRequests = 65535;  // of a grid's y
   constexpr int32_t kMaxTokens = 1 << 24;
   constexpr int32_t kMaxHeads = 4096;
@@ -71,13 +95,14 @@ absl::StatusOr<std::unique_ptr<Prefill>> Prefill::Create(Device& device, const P
     return absl::InvalidArgumentError(
         absl::StrCat(kOp, ": scale is ", config.scale, ", must be finite and greater than 0"));
   }
+  // Whether any configuration runs there; ChooseTuning then looks at the one asked for.
+  constexpr size_t kSmallest = PrefillStatesSharedBytes(kHeadDim / 2, kPrefillStages);
+  const DeviceCaps caps = CapsOf(device);
+  PRISTINE_ASSIGN_OR_RETURN(const GdnPrefillPath path, CheckGdnPrefill(caps, {.shared_bytes = kSmallest}));
   auto prefill = std::unique_ptr<Prefill>(new Prefill(device, config));
-  if (device.backend() == Backend::kHost) return prefill;
-  if (device.compute_capability() != 90) {
-    return absl::UnimplementedError(absl::StrCat(kOp, ": ", device.name(), " has compute capability ",
-                                                 device.compute_capability() / 10, ".",
-                                                 device.compute_capability() % 10, "; there is a kernel for 9.0"));
-  }
+  TuningPolicy strict(TuningPolicy::OnBadTuning::kError);
+  PRISTINE_ASSIGN_OR_RETURN(prefill->tuning_, ChooseTuning(caps, tuning == nullptr ? strict : *tuning));
+  if (path == GdnPrefillPath::kHost) return prefill;
   PRISTINE_ASSIGN_OR_RETURN(prefill->workspace_,
                             device.Allocate(static_cast<size_t>(PrefillWorkspaceBytes(config)), "GDN prefill"));
   // Attributes belong to the current device; queueing on one of its streams makes this device the current one.
@@ -101,14 +126,7 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
     return absl::InvalidArgumentError(
         absl::StrCat(kOp, ": the stream is of device ", stream.device().name(), ", the workspace of ", device_.name()));
   }
-  PRISTINE_RETURN_IF_ERROR(CheckDType(kOp, "states", states.dtype));
-  const int64_t vector = kAlignment / static_cast<int64_t>(SizeOf(states.dtype));
-  if (states.v_heads != v_heads || states.slots < 1 || states.slot_stride < v_heads * kStateElements ||
-      states.slot_stride % vector != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(kOp, ": the pool has ", states.slots, " slots of ", states.v_heads,
-                                                   " heads, ", states.slot_stride, " elements apart; needs ", v_heads,
-                                                   " heads and a multiple of ", vector));
-  }
+  PRISTINE_RETURN_IF_ERROR(CheckStates(kOp, "states", states, v_heads));
   PrefillParams params = {};
   const int64_t qk_width = int64_t{config_.qk_heads} * kHeadDim, v_width = int64_t{v_heads} * kHeadDim;
   PRISTINE_RETURN_IF_ERROR(CheckVectorRows("q", tensors.q, bucket.tokens, qk_width, params.q_stride));
@@ -125,8 +143,6 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
   PRISTINE_RETURN_IF_ERROR(check("initial_slots", tensors.initial_slots, sizeof(Slot), bucket.requests, sizeof(Slot)));
   PRISTINE_RETURN_IF_ERROR(check("final_slots", tensors.final_slots, sizeof(Slot), bucket.requests, sizeof(Slot)));
   PRISTINE_RETURN_IF_ERROR(check("out", tensors.out, sizeof(uint16_t), bucket.tokens * v_width, kAlignment));
-  PRISTINE_RETURN_IF_ERROR(check("states", states.states, SizeOf(states.dtype),
-                                 (states.slots - 1) * states.slot_stride + v_heads * kStateElements, kAlignment));
   params.q = tensors.q.data.address();
   params.k = tensors.k.data.address();
   params.v = tensors.v.data.address();
@@ -147,7 +163,8 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
   const int32_t multiprocessors = device_.multiprocessors();
   params.heads_per_block = PrefillHeadsPerBlock(ChunkBound(bucket.requests, bucket.tokens), config_.qk_heads,
                                                 v_heads / config_.qk_heads, multiprocessors);
-  params.v_parts = PrefillVParts(int64_t{bucket.requests} * v_heads, multiprocessors);
+  params.v_parts =
+      tuning_.has_value() ? kHeadDim / tuning_->bv : PrefillVParts(int64_t{bucket.requests} * v_heads, multiprocessors);
   params.scale = config_.scale;
   params.state_dtype = states.dtype;
   params.clamp_to_zero = states.padded_rows == PaddedRows::kClampToZero;

@@ -23,10 +23,12 @@ constexpr Kernel<QkvSplitParams> kQkvSplit = {kName, &QkvSplitHost, PRISTINE_CUD
 }  // namespace
 
 absl::Status QkvSplit(Stream& stream, int32_t tokens, const QkvSplitTensors& t) {
-  if (tokens < 0 || t.q_dim < 1 || t.k_dim < 1 || t.v_dim < 1) {
-    return absl::InvalidArgumentError(absl::StrCat(kName, ": tokens is ", tokens, ", q_dim ", t.q_dim, ", k_dim ",
-                                                   t.k_dim, ", v_dim ", t.v_dim,
-                                                   "; tokens must be at least 0, the others at least 1"));
+  constexpr int64_t kMaxDim = 1 << 22;  // of a grid's y, in tiles
+  const int64_t dim = int64_t{t.q_dim} + t.k_dim + t.v_dim;
+  if (tokens < 0 || t.q_dim < 1 || t.k_dim < 1 || t.v_dim < 1 || dim > kMaxDim) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(kName, ": tokens is ", tokens, ", q_dim ", t.q_dim, ", k_dim ", t.k_dim, ", v_dim ", t.v_dim,
+                     "; tokens must be at least 0, the others at least 1, their sum at most ", kMaxDim));
   }
   PRISTINE_RETURN_IF_ERROR(CheckDType(kName, "dtype", t.dtype));
   if (t.norm_head_dim != 0 && ((t.norm_head_dim != 64 && t.norm_head_dim != 128) || t.q_dim % t.norm_head_dim != 0 ||
@@ -35,12 +37,13 @@ absl::Status QkvSplit(Stream& stream, int32_t tokens, const QkvSplitTensors& t) 
                                                    t.q_dim, " and k_dim ", t.k_dim,
                                                    "; it must be 0, 64 or 128 and divide both"));
   }
-  const int64_t dim = int64_t{t.q_dim} + t.k_dim + t.v_dim;
-  // Strides whose rows overlap cannot come from a real tensor: one of the two steps over the other's whole extent.
-  const bool token_major = t.stride_d >= 1 && t.stride_t > (dim - 1) * t.stride_d;
-  const bool channel_major = t.stride_t >= 1 && t.stride_d > int64_t{tokens - 1} * t.stride_t;
+  // Before any product of them.
   constexpr int64_t kMaxStride = int64_t{1} << 31;
-  if (t.stride_t > kMaxStride || t.stride_d > kMaxStride || !(token_major || channel_major)) {
+  const bool in_range = t.stride_t >= 1 && t.stride_t <= kMaxStride && t.stride_d >= 1 && t.stride_d <= kMaxStride;
+  // Strides whose rows overlap cannot come from a real tensor: one of the two steps over the other's whole extent.
+  const bool token_major = in_range && t.stride_t > (dim - 1) * t.stride_d;
+  const bool channel_major = in_range && t.stride_d > int64_t{tokens - 1} * t.stride_t;
+  if (!token_major && !channel_major) {
     return absl::InvalidArgumentError(absl::StrCat(kName, ": strides (", t.stride_t, ", ", t.stride_d, ") of [", tokens,
                                                    ", ", dim, "]; both must be in [1, ", kMaxStride,
                                                    "] and rows must not overlap"));

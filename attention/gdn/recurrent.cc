@@ -41,12 +41,7 @@ absl::Status Check(const char* op, int32_t rows, int32_t tokens, const Recurrent
     return absl::InvalidArgumentError(absl::StrCat(op, ": qk_heads is ", inputs.qk_heads, " and v_heads ", v_heads,
                                                    "; v_heads must be a multiple of qk_heads, at most ", kMaxHeads));
   }
-  if (states.v_heads != v_heads || states.slots < 1 || states.slot_stride < v_heads * kStateElements) {
-    return absl::InvalidArgumentError(absl::StrCat(op, ": the pool has ", states.slots, " slots of ", states.v_heads,
-                                                   " heads, ", states.slot_stride, " elements apart; the inputs have ",
-                                                   v_heads, " heads"));
-  }
-  PRISTINE_RETURN_IF_ERROR(CheckDType(op, "states", states.dtype));
+  PRISTINE_RETURN_IF_ERROR(CheckStates(op, "states", states, v_heads));
   if (!(inputs.scale > 0) || !std::isfinite(inputs.scale)) {
     return absl::InvalidArgumentError(
         absl::StrCat(op, ": scale is ", inputs.scale, ", must be finite and greater than 0"));
@@ -58,9 +53,6 @@ absl::Status Check(const char* op, int32_t rows, int32_t tokens, const Recurrent
   PRISTINE_RETURN_IF_ERROR(CheckRows(op, "q", inputs.q, element, all, qk_width, params.q_stride));
   PRISTINE_RETURN_IF_ERROR(CheckRows(op, "k", inputs.k, element, all, qk_width, params.k_stride));
   PRISTINE_RETURN_IF_ERROR(CheckRows(op, "v", inputs.v, element, all, int64_t{v_heads} * kHeadDim, params.v_stride));
-  PRISTINE_RETURN_IF_ERROR(CheckTensor(op, "states", states.states.address(), states.states.bytes(),
-                                       SizeOf(states.dtype),
-                                       (states.slots - 1) * states.slot_stride + v_heads * kStateElements, 16));
   PRISTINE_RETURN_IF_ERROR(CheckTensor(op, "cache_indices", inputs.cache_indices.address(),
                                        inputs.cache_indices.bytes(), sizeof(int32_t), rows, sizeof(int32_t)));
   params.q = inputs.q.data.address();

@@ -24,31 +24,14 @@ constexpr Kernel<StateCopyParams> Named(const char* name) {
 constexpr Kernel<StateCopyParams> kGather = Named("gdn_gather_states");
 constexpr Kernel<StateCopyParams> kScatter = Named("gdn_scatter_states");
 
-absl::Status CheckView(const char* op, const char* what, const StateView& view, int32_t slots) {
-  PRISTINE_RETURN_IF_ERROR(CheckDType(op, what, view.dtype));
-  const int64_t packed = view.v_heads * kStateElements;
-  const int64_t vector = 16 / static_cast<int64_t>(SizeOf(view.dtype));
-  if (view.v_heads < 1 || view.slots < slots || view.slot_stride < packed || view.slot_stride % vector != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        op, ": ", what, " has ", view.slots, " slots of ", view.v_heads, " heads, ", view.slot_stride,
-        " elements apart; needs ", slots, " slots, a distance of at least ", packed, " and a multiple of ", vector));
-  }
-  return CheckTensor(op, what, view.states.address(), view.states.bytes(), SizeOf(view.dtype),
-                     (view.slots - 1) * view.slot_stride + packed, 16);
-}
-
 absl::Status Check(const char* op, int32_t rows, DeviceSpan<const int32_t> cache_indices, const StateView& pool,
                    const StateView& gathered, StateCopyParams& params) {
   constexpr int32_t kMaxRows = 65535;  // of a grid's y
   if (rows < 1 || rows > kMaxRows) {
     return absl::InvalidArgumentError(absl::StrCat(op, ": rows is ", rows, ", must be in [1, ", kMaxRows, "]"));
   }
-  PRISTINE_RETURN_IF_ERROR(CheckView(op, "pool", pool, 1));
-  PRISTINE_RETURN_IF_ERROR(CheckView(op, "gathered", gathered, rows));
-  if (pool.v_heads != gathered.v_heads) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(op, ": the pool has ", pool.v_heads, " heads, the gathered states ", gathered.v_heads));
-  }
+  PRISTINE_RETURN_IF_ERROR(CheckStates(op, "pool", pool, pool.v_heads));
+  PRISTINE_RETURN_IF_ERROR(CheckStates(op, "gathered", gathered, pool.v_heads, rows));
   PRISTINE_RETURN_IF_ERROR(CheckTensor(op, "cache_indices", cache_indices.address(), cache_indices.bytes(),
                                        sizeof(int32_t), rows, sizeof(int32_t)));
   params.pool = pool.states.address();

@@ -119,26 +119,19 @@ absl::Status StatePool::Protect(BufferManager& manager, const std::string& name)
 }
 
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows) {
-  PRISTINE_RETURN_IF_ERROR(CheckDType("foreign state pool", "dtype", pool.dtype));
-  const int64_t packed = pool.v_heads * kStateElements;
-  const int64_t stride = pool.slot_stride == 0 ? packed : pool.slot_stride;
-  const int64_t vector = 16 / static_cast<int64_t>(SizeOf(pool.dtype));
-  constexpr int64_t kMaxStride = int64_t{1} << 31;
-  if (pool.v_heads < 1 || pool.slots < 1 || pool.first_allocatable_slot < 0 || stride < packed || stride > kMaxStride ||
-      stride % vector != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "foreign state pool: ", pool.slots, " slots of ", pool.v_heads, " heads, ", stride,
-        " elements apart, from slot ", pool.first_allocatable_slot, "; counts must be at least 1, the stride in [",
-        packed, ", ", kMaxStride, "] and a multiple of ", vector, ", the first slot at least 0"));
+  const int64_t stride = pool.slot_stride == 0 ? pool.v_heads * kStateElements : pool.slot_stride;
+  const StateView view = {pool.dtype, pool.v_heads, pool.slots, stride, pool.states, padded_rows};
+  PRISTINE_RETURN_IF_ERROR(CheckStates("foreign state pool", "states", view, pool.v_heads));
+  if (pool.first_allocatable_slot < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("foreign state pool: first_allocatable_slot is ",
+                                                   pool.first_allocatable_slot, ", must be at least 0"));
   }
   if (padded_rows == PaddedRows::kClampToZero && pool.first_allocatable_slot == 0) {
     return absl::InvalidArgumentError(
         "foreign state pool: kClampToZero where slot 0 is allocatable: padded rows would use a live request's state; "
         "reserve slot 0 (first_allocatable_slot >= 1) or use kSkip");
   }
-  PRISTINE_RETURN_IF_ERROR(CheckTensor("foreign state pool", "states", pool.states.address(), pool.states.bytes(),
-                                       SizeOf(pool.dtype), (pool.slots - 1) * stride + packed, 16));
-  return StateView{pool.dtype, pool.v_heads, pool.slots, stride, pool.states, padded_rows};
+  return view;
 }
 
 }  // namespace pristine::attention::gdn

@@ -31,14 +31,16 @@ const GdnTuning* MostStages(const GdnTuning& tuning, const TunableKernel& kernel
 
 }  // namespace
 
-absl::StatusOr<GdnTuning> ParseGdnTuning(absl::FunctionRef<const char*(const char* name)> get) {
-  GdnTuning tuning;
+absl::StatusOr<GdnTuning> ParseGdnTuning(absl::FunctionRef<const char*(const char* name)> get,
+                                         absl::Span<const GdnTuning> compiled) {
   const struct {
     const char* name;
-    int32_t* to;
-  } variables[] = {{"PRISTINE_GDN_CHUNK_H_BV", &tuning.bv},
-                   {"PRISTINE_GDN_CHUNK_H_NUM_WARPS", &tuning.num_warps},
-                   {"PRISTINE_GDN_CHUNK_H_NUM_STAGES", &tuning.num_stages}};
+    int32_t GdnTuning::*member;
+  } variables[] = {{"PRISTINE_GDN_CHUNK_H_BV", &GdnTuning::bv},
+                   {"PRISTINE_GDN_CHUNK_H_NUM_WARPS", &GdnTuning::num_warps},
+                   {"PRISTINE_GDN_CHUNK_H_NUM_STAGES", &GdnTuning::num_stages}};
+  const GdnTuning defaults = compiled.empty() ? GdnTuning{} : compiled.front();
+  GdnTuning set = {0, 0, 0};  // 0: not set
   for (const auto& variable : variables) {
     const char* const text = get(variable.name);
     if (text == nullptr) continue;
@@ -46,17 +48,29 @@ absl::StatusOr<GdnTuning> ParseGdnTuning(absl::FunctionRef<const char*(const cha
     int32_t value = 0;
     const std::from_chars_result result = std::from_chars(text, end, value);
     if (result.ec != std::errc() || result.ptr != end || value < 1) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          variable.name, " is \"", text, "\"; must be a whole number of at least 1, or not set (", *variable.to, ")"));
+      return absl::InvalidArgumentError(absl::StrCat(variable.name, " is \"", text,
+                                                     "\"; must be a whole number of at least 1, or not set (",
+                                                     defaults.*variable.member, ")"));
     }
-    *variable.to = value;
-    tuning.from_environment = true;
+    set.*variable.member = value;
+    set.from_environment = true;
   }
-  return tuning;
+  const auto completed = [&](GdnTuning tuning) {
+    for (const auto& variable : variables) {
+      if (set.*variable.member != 0) tuning.*variable.member = set.*variable.member;
+    }
+    tuning.from_environment = set.from_environment;
+    return tuning;
+  };
+  for (const GdnTuning& c : compiled) {
+    const GdnTuning tuning = completed(c);
+    if (SameTile(c, tuning) && c.num_stages == tuning.num_stages) return tuning;
+  }
+  return completed(defaults);
 }
 
-absl::StatusOr<GdnTuning> GdnTuningFromEnvironment() {
-  return ParseGdnTuning([](const char* name) -> const char* { return std::getenv(name); });
+absl::StatusOr<GdnTuning> GdnTuningFromEnvironment(absl::Span<const GdnTuning> compiled) {
+  return ParseGdnTuning([](const char* name) -> const char* { return std::getenv(name); }, compiled);
 }
 
 absl::Status CheckTuning(const GdnTuning& tuning, const TunableKernel& kernel, int64_t shared_bytes_per_block) {

@@ -873,13 +873,14 @@ int LaunchMma(CUstream_st* stream, const PagedDecodeParams& params) {
 
 template <class T, class Kv, int kHeadDim, int kMTiles>
 int PrepareMma() {
-  static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <=
-                kDecodeMmaSharedBytes);
+  static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <= 227 * 1024,
+                "what a multiprocessor of sm_90 has");
+  static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(DecodeMaxRows(kHeadDim)) <= DecodeMmaSharedBytes(kHeadDim));
   const auto kernel = PagedDecodeMma<T, Kv, kHeadDim, kMTiles>;
   const int error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDecodeMmaSharedBytes);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, DecodeMmaSharedBytes(kHeadDim));
 }
 
 }  // namespace decode_mma

@@ -36,7 +36,7 @@ attention::DecodePlanConfig SparsePlan(const ModelConfig& config) {
   plan.dtype = config.dtype;
   plan.page_size = 1;
   plan.max_row_tokens = attention::SparseRowBound(config.sparse);
-  plan.scheduler = attention::DecodeScheduler::kHost;
+  plan.scheduler = config.scheduler;
   return plan;
 }
 
@@ -52,7 +52,7 @@ attention::DecodePlanConfig WindowPlan(const ModelConfig& config) {
   plan.window = config.window;
   plan.max_row_tokens = MaxLength(config);
   plan.worst_row_tokens = attention::SparseRowBound(config.sparse);
-  plan.scheduler = attention::DecodeScheduler::kHost;
+  plan.scheduler = config.scheduler;
   return plan;
 }
 
@@ -75,8 +75,7 @@ int64_t DecodeModel::Bytes(const ModelConfig& config, int staging_slots, int mul
   const int64_t rows = int64_t{config.max_batch()} * config.sparse.groups;
   int64_t scratch = rows * attention::SparseRowBound(config.sparse);  // values of 4 bytes
   for (const attention::DecodePlanConfig& plan : {SparsePlan(config), WindowPlan(config)}) {
-    const int64_t items = attention::MaxItems(plan, config.buckets.back(), multiprocessors);
-    scratch += items * plan.q_heads * (plan.head_dim + 1);
+    scratch += attention::ScratchValues(plan, multiprocessors);
   }
   const int64_t refilled = int64_t{MaxStepPages(config)} + (config.layers - 1) * rows * config.sparse.topk;
   const int64_t slots = staging_slots;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "examples/replay_driver/gdn_config.h"
+#include "pristine/attention/decode_plan.h"
 #include "pristine/attention/sparse_page_table.h"
 #include "pristine/attention/types.h"
 #include "pristine/graph_runtime/extent.h"
@@ -24,6 +25,7 @@ struct ModelConfig {
   int32_t window = 0;
   attention::SparseConfig sparse;
   GdnConfig gdn;  // kGdnPerAttention layers in front of each attention layer, or none
+  attention::DecodeScheduler scheduler = attention::DecodeScheduler::kDevice;
 
   int32_t max_batch() const { return buckets.back().requests; }
   bool is_sparse(int32_t layer) const { return layer + 1 < layers; }

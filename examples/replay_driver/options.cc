@@ -145,6 +145,10 @@ std::vector<OptionSpec> Specs() {
       Number("kv-groups", "N", "KV-head groups, each a row of its own in sparse layers (2)", &Options::kv_groups, 1,
              1024),
       Number("dense-len", "N", "requests shorter than this attend everything (0)", &Options::dense_len, 0, 1 << 28),
+      Choice("scheduler", "device|host",
+             "who cuts the rows up for decode: the kernel, or a plan that is refilled each step (device)",
+             &Options::scheduler,
+             {{"device", attention::DecodeScheduler::kDevice}, {"host", attention::DecodeScheduler::kHost}}),
       Choice("plan-from", "lengths|live",
              "live repeats the engine's mistake: plan from the buffer that the graph overwrites (lengths)",
              &Options::plan_from, {{"lengths", PlanFrom::kLengths}, {"live", PlanFrom::kLive}}),
@@ -252,6 +256,9 @@ absl::Status CheckTogether(const Options& o) {
   if (o.buckets.back() != o.max_batch) {
     return absl::InvalidArgumentError(
         absl::StrCat("--buckets ends with ", o.buckets.back(), ": expected --max-batch, which is ", o.max_batch));
+  }
+  if (o.inject == Injection::kStalePlan && o.scheduler == attention::DecodeScheduler::kDevice) {
+    return absl::InvalidArgumentError("--inject=stale-plan: expected --scheduler=host, whose plans can be stale");
   }
   if (o.heads % o.kv_heads != 0) {
     return absl::InvalidArgumentError(

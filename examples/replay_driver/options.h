@@ -11,6 +11,7 @@
 #include "absl/types/span.h"
 #include "examples/replay_driver/injection.h"
 #include "examples/replay_driver/trace.h"
+#include "pristine/attention/decode_plan.h"
 #include "pristine/attention/types.h"
 #include "pristine/buffers/buffer_manager.h"
 
@@ -43,6 +44,7 @@ struct Options {
   int32_t layers = 2;
   int32_t window = 512;
   int32_t sparse_block = 64, topk_blocks = 96, kv_groups = 2, dense_len = 0;
+  attention::DecodeScheduler scheduler = attention::DecodeScheduler::kDevice;
   PlanFrom plan_from = PlanFrom::kLengths;
   ManagerOptions::Restore restore = ManagerOptions::Restore::kGraphHead;
   ManagerOptions::Check check = ManagerOptions::Check::kSampled;

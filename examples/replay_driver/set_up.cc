@@ -33,6 +33,7 @@ ModelConfig ModelConfigOf(const Options& options) {
   config.kv_heads = options.kv_heads;
   config.head_dim = options.head_dim;
   config.dtype = options.dtype;
+  config.scheduler = options.scheduler;
   config.page_size = options.page_size;
   config.pool_pages = options.kv_tokens / options.page_size;
   config.window = options.window;

@@ -236,8 +236,19 @@ TYPED_TEST(DecodePlanTest, WrongConfigurationsAreRefusedByName) {
   refused([](auto& c) { c.worst_row_tokens = 1 << 21; }, kInvalid, "worst_row_tokens is 2097152");
   refused([](auto& c) { c.rows_per_request = 0; }, kInvalid, "rows_per_request is 0");
   refused([](auto& c) { c.buckets = {{1 << 24, 1 << 24}}; }, kInvalid, "16777216 rows, must be at most 8192");
-  refused([](auto& c) { c.q_heads = 4096, c.kv_heads = 128, c.buckets = {{8192, 8192}}; }, kInvalid,
-          "values of partial results");
+  refused([](auto& c) { c.head_dim = 256, c.dtype = DType::kBFloat16, c.buckets = {{4097, 4097}}; }, kInvalid,
+          "4097 rows, must be at most 4096");
+  refused(
+      [](auto& c) {
+        c.q_heads = 4096, c.kv_heads = 128, c.buckets = {{8192, 8192}};
+      },
+      kInvalid, "values of partial results");
+  // The device counts tiles in 32 bits.
+  refused(
+      [](auto& c) {
+        c.scheduler = attention::DecodeScheduler::kDevice, c.buckets = {{8192, 8192}}, c.max_row_tokens = 1 << 30;
+      },
+      kInvalid, "has 274877906944 tiles of 64 tokens at max_row_tokens 1073741824, must be at most 2147483647");
   refused([](auto& c) { c.soft_cap = -1; }, kInvalid, "soft_cap is -1");
   refused([](auto& c) { c.q_len = 0; }, kInvalid, "q_len is 0");
   refused([](auto& c) { c.q_len = 17; }, absl::StatusCode::kUnimplemented, "q_len is 17, kernels take at most 16");

@@ -273,7 +273,7 @@ TEST(HtmlOption, AViolationLinksToTheRecordOfItsReplay) {
 }
 
 TEST(HtmlOption, ARefusedCallIsListedWithoutARecord) {
-  const PageRun run = RunForPage({"--inject=stale-plan"});
+  const PageRun run = RunForPage({"--inject=stale-plan", "--scheduler=host"});
   ExpectSound(run.page);
   EXPECT_EQ(CountOf(run.page, "href=\"#record-none\""), 1u);
   EXPECT_NE(run.page.find("refused <b>1</b>"), std::string::npos);

@@ -157,7 +157,7 @@ TYPED_TEST(InjectTest, ARefusedReplayNamesBothNumbersAndTheRunGoesOn) {
   };
   for (const Misuse& misuse : misuses) {
     SCOPED_TRACE(misuse.injection);
-    const DriverResult result = this->Inject(misuse.injection);
+    const DriverResult result = this->Inject(misuse.injection, {"--scheduler=host"});
     Expect(result, {.list = "invariant_violations", .total = misuse.total, .entry = misuse.entry});
     EXPECT_EQ(result.report["first_failure_step"].number, 10);
     ExpectRecovered(result);

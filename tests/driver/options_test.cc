@@ -43,11 +43,11 @@ TEST(Options, AFileRunsToItsEnd) {
 TEST(Options, HelpNamesEveryOptionOfTheIssue) {
   const std::string help = HelpText();
   for (const char* name :
-       {"device",  "trace",  "format",        "steps",        "repeat",    "step-ms",       "max-batch",
-        "buckets", "dtype",  "heads",         "kv-heads",     "head-dim",  "page-size",     "kv-tokens",
-        "layers",  "window", "sparse-block",  "topk-blocks",  "kv-groups", "dense-len",     "plan-from",
-        "restore", "check",  "compare-eager", "compare-rows", "overlap",   "staging-slots", "inject",
-        "seed",    "report", "quiet"}) {
+       {"device",    "trace",   "format",       "steps",         "repeat",       "step-ms",   "max-batch",
+        "buckets",   "dtype",   "heads",        "kv-heads",      "head-dim",     "page-size", "kv-tokens",
+        "layers",    "window",  "sparse-block", "topk-blocks",   "kv-groups",    "dense-len", "scheduler",
+        "plan-from", "restore", "check",        "compare-eager", "compare-rows", "overlap",   "staging-slots",
+        "inject",    "seed",    "report",       "quiet"}) {
     EXPECT_NE(help.find(std::string("  --") + name), std::string::npos) << name;
   }
   // A value that --help asks for is not needed to be understood: everything else may be wrong.
@@ -96,6 +96,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--kv-tokens=8", "--page-size=16"}, "--kv-tokens=8: expected at least one page, which is 16 tokens"},
         BadCase{{"--sparse-block=65536", "--topk-blocks=65536"}, "expected a product that fits in 31 bits"},
         BadCase{{"--kv-tokens=268435456", "--heads=64", "--kv-heads=64", "--kv-groups=64"}, "fits in 31 bits"},
+        BadCase{{"--inject=stale-plan"}, "--inject=stale-plan: expected --scheduler=host"},
+        BadCase{{"--scheduler=gpu"}, "--scheduler=gpu: expected one of device, host"},
         BadCase{{"--plan-from=hope"}, "--plan-from=hope: expected one of lengths, live"},
         BadCase{{"--restore=on"}, "--restore=on: expected one of graph, stream, off"},
         BadCase{{"--overlap=maybe"}, "--overlap=maybe: expected one of off, on, both"},
@@ -117,7 +119,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--spec=4", "--overlap=on"}, "--overlap with --spec: expected off"},
         BadCase{{"--spec=4", "--plan-from=live"}, "--plan-from=live with --spec: expected lengths"},
         BadCase{{"--spec=4", "--restore=off"}, "--restore=off with --spec: expected graph"},
-        BadCase{{"--spec=4", "--inject=stale-plan"}, "--inject=stale-plan with --spec: expected none or misroute"},
+        BadCase{{"--spec=4", "--inject=write-constant"},
+                "--inject=write-constant with --spec: expected none or misroute"},
         BadCase{{"--spec=4", "--inject=misroute", "--draft-extend=fixed"}, "expected --draft-extend=ragged"},
         BadCase{{"--inject=misroute"}, "--inject=misroute: expected --spec=T with it"},
         BadCase{{"--draft-extend=fixed"}, "--draft-extend: expected --spec=T with it"},

@@ -44,7 +44,7 @@ TEST_F(ReportSchema, HoldsForEveryKindOfOutcome) {
       {ExitCode::kInput, {"--trace=/nowhere/t.jsonl"}},
       {ExitCode::kViolation, small + std::vector<std::string>{"--plan-from=live", "--restore=graph"}},
       {ExitCode::kViolation, small + std::vector<std::string>{"--inject=write-constant"}},
-      {ExitCode::kViolation, small + std::vector<std::string>{"--inject=stale-plan"}},
+      {ExitCode::kViolation, small + std::vector<std::string>{"--inject=stale-plan", "--scheduler=host"}},
       {ExitCode::kMismatch, small + std::vector<std::string>{"--inject=leaky-kernel"}},  // max_rel_rms is not finite
       {ExitCode::kDevice, small + std::vector<std::string>{"--device=cuda:99"}},
       {ExitCode::kInternal, small + std::vector<std::string>{"--steps=5", "--inject=unarmed"}},

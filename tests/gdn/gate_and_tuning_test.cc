@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "pristine/attention/gdn/prefill.h"
 #include "pristine/attention/gdn/prefill_gate.h"
 #include "pristine/attention/gdn/tuning.h"
 #include "tests/support/status_matchers.h"
@@ -76,11 +77,12 @@ TEST(PrefillGate, SaysWhatWasFoundWhatIsNeededAndWhatToUse) {
 
 using Variables = std::map<std::string, std::string>;
 
-absl::StatusOr<GdnTuning> Parse(const Variables& variables) {
-  return ParseGdnTuning([&](const char* name) -> const char* {
+absl::StatusOr<GdnTuning> Parse(const Variables& variables, absl::Span<const GdnTuning> compiled = {}) {
+  const auto get = [&](const char* name) -> const char* {
     const auto found = variables.find(name);
     return found == variables.end() ? nullptr : found->second.c_str();
-  });
+  };
+  return ParseGdnTuning(get, compiled);
 }
 
 TEST(Tuning, DefaultsAndVariables) {
@@ -92,6 +94,25 @@ TEST(Tuning, DefaultsAndVariables) {
   EXPECT_EQ(set, (GdnTuning{64, 8, 3, true}));
   ASSERT_OK_AND_ASSIGN(const GdnTuning one, Parse({{"PRISTINE_GDN_CHUNK_H_NUM_STAGES", "4"}}));
   EXPECT_EQ(one, (GdnTuning{32, 4, 4, true}));
+}
+
+TEST(Tuning, WhatIsNotSetComesFromWhatIsCompiled) {
+  const GdnTuning compiled[] = {{128, 12, 3}, {64, 8, 3}, {64, 8, 2}};
+  const struct {
+    Variables variables;
+    GdnTuning expected;
+  } rows[] = {
+      {{}, {128, 12, 3, false}},
+      {{{"PRISTINE_GDN_CHUNK_H_BV", "64"}}, {64, 8, 3, true}},
+      {{{"PRISTINE_GDN_CHUNK_H_NUM_WARPS", "8"}}, {64, 8, 3, true}},
+      {{{"PRISTINE_GDN_CHUNK_H_NUM_STAGES", "2"}}, {64, 8, 2, true}},
+      {{{"PRISTINE_GDN_CHUNK_H_NUM_STAGES", "4"}}, {128, 12, 4, true}},  // CheckTuning refuses it
+  };
+  for (const auto& row : rows) {
+    ASSERT_OK_AND_ASSIGN(const GdnTuning tuning, Parse(row.variables, compiled));
+    EXPECT_EQ(tuning, row.expected);
+  }
+  EXPECT_STATUS(Parse({{"PRISTINE_GDN_CHUNK_H_BV", "all"}}, compiled), kInvalidArgument, "or not set (128)");
 }
 
 TEST(Tuning, RefusesWhatIsNoNumberAndNamesTheVariable) {
@@ -124,6 +145,23 @@ TEST(Tuning, SharedMemoryOfTheUnfusedStateKernel) {
   for (const auto& row : rows) {
     EXPECT_EQ(UnfusedStateSharedBytes(row.k_dim, {row.bv, 4, row.stages}), row.bytes);
     EXPECT_EQ(row.bytes <= 232448, !(row.k_dim == 256 && row.stages == 4));
+  }
+}
+
+TEST(Tuning, OfThePrefillAsCompiled) {
+  const TunableKernel kernel = PrefillStateKernel();
+  EXPECT_OK(CheckTuning({128, 12, 3}, kernel, 232448));
+  EXPECT_OK(CheckTuning({64, 8, 3}, kernel, 232448));
+  EXPECT_STATUS(CheckTuning({128, 12, 3}, kernel, 199727), kInvalidArgument,
+                "gdn_prefill_states: BV 128, 12 warps, 3 stages needs 199728 bytes of shared memory per block, the "
+                "device has 199727; no number of stages fits: set PRISTINE_GDN_CHUNK_H_BV lower");
+  EXPECT_STATUS(CheckTuning({64, 8, 3}, kernel, 101376), kInvalidArgument, "needs 175152 bytes");
+  EXPECT_STATUS(CheckTuning({}, kernel, 232448), kInvalidArgument,
+                "BV 32, 4 warps, 2 stages (PRISTINE_GDN_CHUNK_H_*) is not compiled; there is BV 128, 12 warps, 3 "
+                "stages; BV 64, 8 warps, 3 stages");
+  // Run chooses by bucket where nothing is set: then all must fit if the first does.
+  for (const GdnTuning& c : kernel.compiled) {
+    EXPECT_LE(kernel.shared_bytes(c), kernel.shared_bytes(kernel.compiled.front()));
   }
 }
 

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -247,6 +248,29 @@ TYPED_TEST(QkvSplitTest, RefusesOverlappingRowsAndShortTensors) {
   EXPECT_STATUS(QkvSplit(*this->stream_, 4, bad), kInvalidArgument, "strides (1, 3) of [4, 24]");
   bad.stride_t = -24;
   EXPECT_STATUS(QkvSplit(*this->stream_, 4, bad), kInvalidArgument, "strides (-24, 3)");
+  // Whose products with the counts are past int64.
+  constexpr int64_t kMin = std::numeric_limits<int64_t>::min(), kMax = std::numeric_limits<int64_t>::max();
+  for (const int64_t stride : {kMin, int64_t{0}, (int64_t{1} << 31) + 1, int64_t{1} << 62, kMax}) {
+    bad = good;
+    bad.stride_t = stride;
+    EXPECT_STATUS(QkvSplit(*this->stream_, 4, bad), kInvalidArgument, absl::StrCat("strides (", stride, ", 1)"));
+    bad.stride_d = stride;
+    EXPECT_STATUS(QkvSplit(*this->stream_, 4, bad), kInvalidArgument, absl::StrCat(stride, ") of [4, 24]"));
+    bad.stride_t = 24;
+    EXPECT_STATUS(QkvSplit(*this->stream_, 4, bad), kInvalidArgument, absl::StrCat("strides (24, ", stride, ")"));
+  }
+  bad = good;
+  bad.stride_t = int64_t{1} << 31;
+  EXPECT_STATUS(QkvSplit(*this->stream_, std::numeric_limits<int32_t>::max(), bad), kInvalidArgument,
+                "mixed has 96 elements");
+  for (int32_t QkvSplitTensors::*const which :
+       {&QkvSplitTensors::q_dim, &QkvSplitTensors::k_dim, &QkvSplitTensors::v_dim}) {
+    bad = good;
+    bad.*which = (1 << 22) - 15;
+    EXPECT_STATUS(QkvSplit(*this->stream_, 4, bad), kInvalidArgument, "their sum at most 4194304");
+    bad.*which = std::numeric_limits<int32_t>::max();
+    EXPECT_STATUS(QkvSplit(*this->stream_, 4, bad), kInvalidArgument, "their sum at most 4194304");
+  }
   EXPECT_STATUS(QkvSplit(*this->stream_, 5, good), kInvalidArgument, "mixed has 96 elements, needs 120");
   bad = good;
   bad.norm_head_dim = 32;

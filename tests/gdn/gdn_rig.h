@@ -2,17 +2,22 @@
 #ifndef PRISTINE_TESTS_GDN_GDN_RIG_H_
 #define PRISTINE_TESTS_GDN_GDN_RIG_H_
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "attention/kernels/bfloat16.h"
 #include "pristine/attention/gdn/gates.h"
+#include "pristine/attention/gdn/state_pool.h"
 #include "pristine/attention/types.h"
 #include "pristine/graph_runtime/device.h"
 #include "pristine/graph_runtime/status.h"
@@ -55,6 +60,33 @@ inline std::vector<double> Uniform(std::mt19937_64& random, size_t count, double
   std::vector<double> values(count);
   for (double& value : values) value = uniform(random);
   return values;
+}
+
+// Views of `good`'s memory that no op may take: no slots, and distances between slots that are too small, that 16-byte
+// loads cannot take, or whose products overflow.
+template <class F>
+void ForBadSlots(const attention::gdn::StateView& good, const F& refused) {
+  const int64_t packed = good.v_heads * attention::gdn::kStateElements;
+  const auto with = [&](int32_t slots, int64_t slot_stride) {
+    SCOPED_TRACE(absl::StrCat(slots, " slots, ", slot_stride, " elements apart"));
+    attention::gdn::StateView view = good;
+    view.slots = slots;
+    view.slot_stride = slot_stride;
+    refused(view);
+  };
+  for (const int32_t slots : {0, -1, std::numeric_limits<int32_t>::min()}) with(slots, packed);
+  for (const int64_t stride :
+       {packed - 8, int64_t{0}, -packed, std::numeric_limits<int64_t>::min(), packed + 1, packed + 2,
+        (int64_t{1} << 31) + 8, int64_t{1} << 62, std::numeric_limits<int64_t>::max() - 7}) {
+    with(1, stride);
+    with(good.slots, stride);
+    with(5, stride);
+  }
+  SCOPED_TRACE("misaligned");
+  attention::gdn::StateView view = good;
+  view.slots = 1;
+  view.states = good.states.Sub(8, good.states.size() - 8);
+  refused(view);
 }
 
 // A device tensor and what it holds, rounded as on the device.

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <numeric>
 #include <random>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -236,7 +238,7 @@ class PrefillTest : public DeviceTest<BackendT> {
       begin += static_cast<size_t>(batch_.lengths[i]);
     }
     ExpectClose(expected_out, got_out, 1e-2, 1e-2, widen, "out");
-    ExpectClose(expected_states, got_states, 5e-3, shape_.state == DType::kBFloat16 ? 4e-3 : 1e-3, widen, "states");
+    ExpectClose(expected_states, got_states, 5e-3, 1e-3, widen, "states");
     for (size_t i = begin * heads * 128; i < out.size(); ++i) ASSERT_EQ(out[i], 0) << "past the last sequence";
     const size_t slot_bytes = slot_size * SizeOf(shape_.state);
     for (size_t s = 0; s < slots; ++s) {
@@ -504,6 +506,57 @@ TYPED_TEST(PrefillTest, AllocatesAtCreateAloneAndNoState) {
             TestFixture::kCuda ? static_cast<size_t>(PrefillWorkspaceBytes(config)) : size_t{0});
 }
 
+// Sets a variable until its end.
+class ScopedVariable {
+ public:
+  ScopedVariable(const char* name, const char* value) : name_(name) { EXPECT_EQ(setenv(name, value, 1), 0); }
+  ~ScopedVariable() { EXPECT_EQ(unsetenv(name_), 0); }
+  ScopedVariable(const ScopedVariable&) = delete;
+  ScopedVariable& operator=(const ScopedVariable&) = delete;
+
+ private:
+  const char* const name_;
+};
+
+TYPED_TEST(PrefillTest, TakesItsTuningFromTheEnvironmentAtCreate) {
+  const Batch batch = {.lengths = {40, 30}, .initial = {1, 2}, .final = {1, 2}};
+  const Shape shape = {1, 2, {2, 70}};
+  for (const char* const bv : {"64", "128"}) {
+    {
+      const ScopedVariable variable("PRISTINE_GDN_CHUNK_H_BV", bv);
+      ASSERT_NO_FATAL_FAILURE(this->Make(shape, 2, 13));
+    }
+    const ScopedVariable later("PRISTINE_GDN_CHUNK_H_BV", "nonsense");
+    ASSERT_NE(this->prefill_->tuning(), nullptr);
+    EXPECT_EQ(absl::StrCat(this->prefill_->tuning()->bv), bv);
+    ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
+    ASSERT_OK(this->Run(*this->stream_));
+    ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
+    EXPECT_STATUS(Prefill::Create(*this->device_, this->prefill_->config()), kInvalidArgument,
+                  "PRISTINE_GDN_CHUNK_H_BV is \"nonsense\"");
+  }
+  ASSERT_NO_FATAL_FAILURE(this->Make(shape, 2, 13));
+  EXPECT_EQ(this->prefill_->tuning(), nullptr);
+}
+
+TYPED_TEST(PrefillTest, RefusesATuningThatIsNotCompiledOrFallsBack) {
+  const PrefillConfig config = {.largest = {1, 64}, .qk_heads = 1, .v_heads = 1};
+  const ScopedVariable variable("PRISTINE_GDN_CHUNK_H_NUM_STAGES", "4");
+  const size_t allocations = this->device_->total_allocations();
+  EXPECT_STATUS(Prefill::Create(*this->device_, config), kInvalidArgument,
+                "gdn_prefill_states: BV 128, 12 warps, 4 stages (PRISTINE_GDN_CHUNK_H_*) is not compiled");
+  EXPECT_EQ(this->device_->total_allocations(), allocations);
+  std::vector<std::string> warnings;
+  TuningPolicy policy(TuningPolicy::OnBadTuning::kFallBack, [&](const std::string& text) { warnings.push_back(text); });
+  for (int i = 1; i <= 2; ++i) {
+    ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Prefill> prefill, Prefill::Create(*this->device_, config, &policy));
+    ASSERT_NE(prefill->tuning(), nullptr);
+    EXPECT_EQ(*prefill->tuning(), (GdnTuning{128, 12, 3, true}));
+    EXPECT_EQ(policy.fallbacks(), i);
+  }
+  EXPECT_EQ(warnings.size(), 1u);
+}
+
 TYPED_TEST(PrefillTest, RefusesWhatDoesNotFit) {
   Device& device = *this->device_;
   const auto create = [&](const PrefillConfig& config) { return Prefill::Create(device, config).status(); };
@@ -557,6 +610,9 @@ TYPED_TEST(PrefillTest, RefusesWhatDoesNotFit) {
   other = pool;
   other.dtype = DType::kFloat16;
   EXPECT_STATUS(run({2, 10}, good, other), kUnimplemented, "states is float16");
+  ASSERT_NO_FATAL_FAILURE(ForBadSlots(pool, [&](const StateView& view) {
+    EXPECT_STATUS(run({2, 10}, good, view), kInvalidArgument, "states");
+  }));
   other = pool;
   other.states = other.states.Sub(0, other.states.size() - 4);
   EXPECT_STATUS(run({2, 10}, good, other), kInvalidArgument, "states has");

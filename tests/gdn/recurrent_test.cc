@@ -319,6 +319,12 @@ TYPED_TEST(RecurrentTest, RefusesWhatDoesNotFit) {
   StateView other = pool;
   other.v_heads = 2;
   EXPECT_STATUS(Decode(*this->stream_, 2, good, other, out.bytes()), kInvalidArgument, "slots of 2 heads");
+  ASSERT_NO_FATAL_FAILURE(ForBadSlots(pool, [&](const StateView& view) {
+    EXPECT_STATUS(Decode(*this->stream_, 2, good, view, out.bytes()), kInvalidArgument, "states");
+    EXPECT_STATUS(Verify(*this->stream_, 1, 2, good, view, out.bytes()), kInvalidArgument, "states");
+    EXPECT_STATUS(Commit(*this->stream_, 1, 2, good, view, this->indices_.memory.template As<const int32_t>()),
+                  kInvalidArgument, "states");
+  }));
   bad = good;
   bad.gates.dtype = DType::kFloat16;
   EXPECT_STATUS(Decode(*this->stream_, 2, bad, pool, out.bytes()), kUnimplemented, "dtype is float16");
@@ -375,6 +381,11 @@ TYPED_TEST(StatePoolTest, Sglang36880ClampIsRefusedWhereSlotZeroIsAllocatable) {
   foreign.slots = 3;
   foreign.slot_stride = kStateElements + 2;
   EXPECT_STATUS(ViewOf(foreign, PaddedRows::kSkip), kInvalidArgument, "a multiple of 4");
+  foreign.slot_stride = int64_t{1} << 62;
+  EXPECT_STATUS(ViewOf(foreign, PaddedRows::kSkip), kInvalidArgument, "4611686018427387904 elements apart");
+  foreign.slot_stride = 0;
+  foreign.first_allocatable_slot = -1;
+  EXPECT_STATUS(ViewOf(foreign, PaddedRows::kSkip), kInvalidArgument, "first_allocatable_slot is -1");
 }
 
 TYPED_TEST(StatePoolTest, ClampReadsSlotZeroAndStoresNothingThere) {

@@ -203,10 +203,18 @@ TYPED_TEST(StateAccessTest, RefusesWhatDoesNotFit) {
   StateView other = gathered;
   other.v_heads = 2;
   EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, other, out), kInvalidArgument,
-                "the pool has 3 heads, the gathered states 2");
+                "gathered has 5 slots of 2 heads");
   other = gathered;
   other.states = other.states.Sub(0, 100);
   EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, other, pool), kInvalidArgument, "gathered has 25 elements");
+  ASSERT_NO_FATAL_FAILURE(ForBadSlots(pool, [&](const StateView& view) {
+    EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, view, gathered, out), kInvalidArgument, "pool");
+    EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, gathered, view), kInvalidArgument, "pool");
+  }));
+  ASSERT_NO_FATAL_FAILURE(ForBadSlots(gathered, [&](const StateView& view) {
+    EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, view, out), kInvalidArgument, "gathered");
+    EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, view, pool), kInvalidArgument, "gathered");
+  }));
   other = pool;
   other.dtype = DType::kFloat16;
   EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, gathered, other), kUnimplemented, "pool is float16");

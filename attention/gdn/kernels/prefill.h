@@ -59,6 +59,16 @@ PRISTINE_HOST_DEVICE constexpr int32_t ChunkBound(int32_t sequences, int32_t tok
   return FirstChunk(sequences, tokens);
 }
 
+// The state kernel's configurations: a block takes 64 or 128 columns of V, one warpgroup for each 64 and one that
+// loads, and keeps some chunks in flight. Its shared memory, as the launcher asks for it: for each chunk K, Q, V and a
+// record, each padded to 1024 bytes, and two barriers.
+inline constexpr int32_t kPrefillStages = 3;
+constexpr int32_t PrefillStatesWarps(int32_t bv) { return (bv / 64 + 1) * 4; }
+constexpr int32_t PrefillStatesSharedBytes(int32_t bv, int32_t stages) {
+  constexpr int32_t kKeyBytes = kChunk * 128 * 2, kRecordBytes = (int32_t{sizeof(ChunkRecord)} + 1023) / 1024 * 1024;
+  return stages * (2 * kKeyBytes + kChunk * bv * 2 + kRecordBytes + 2 * int32_t{sizeof(uint64_t)});
+}
+
 // The shapes of both grids; functions of bucket, heads and device alone.
 // A state is one block's where there are enough of them to fill the device, else two blocks share it.
 constexpr int32_t PrefillVParts(int64_t states, int32_t multiprocessors) {

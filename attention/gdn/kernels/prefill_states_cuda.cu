@@ -17,7 +17,7 @@ namespace pristine::attention::gdn {
 namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
-constexpr int kStages = 3;
+constexpr int kStages = kPrefillStages;
 constexpr int kTile = 64 * 128;  // bytes of 64 rows of 64 bfloat16, 128-byte swizzle
 
 // One chunk in shared memory. Each part starts at a multiple of 1024 bytes, for the swizzle.
@@ -36,8 +36,10 @@ struct StatesShared {
 };
 template <int kGroups>
 constexpr int SharedBytes() {
-  static_assert(sizeof(Stage<kGroups>) % 1024 == 0 && sizeof(StatesShared<kGroups>) <= 232448);
-  return sizeof(StatesShared<kGroups>);
+  constexpr int kBytes = PrefillStatesSharedBytes(kGroups * 64, kStages);
+  static_assert(sizeof(Stage<kGroups>) % 1024 == 0 && sizeof(StatesShared<kGroups>) == kBytes && kBytes <= 232448);
+  static_assert(PrefillStatesWarps(kGroups * 64) * 32 == (kGroups + 1) * kGroup);
+  return kBytes;
 }
 
 #ifdef PRISTINE_GDN_PREFILL

@@ -59,6 +59,9 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
                                   absl::Span<const int32_t> lengths, absl::Span<WorkItem> items,
                                   absl::Span<int32_t> item_indptr);
 
+// How many 4-byte values of scratch a plan registers, for those who budget memory.
+int64_t ScratchValues(const DecodePlanConfig& config, int multiprocessors);
+
 class DecodePlan {
  public:
   // Registers the partial results that the wrappers of this plan share (kScratch), and what the scheduler needs. kHost:

@@ -13,11 +13,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "pristine/attention/gdn/gates.h"
 #include "pristine/attention/gdn/state_pool.h"
+#include "pristine/attention/gdn/tuning.h"
 #include "pristine/graph_runtime/device.h"
 #include "pristine/graph_runtime/extent.h"
 #include "pristine/graph_runtime/memory.h"
@@ -52,9 +54,13 @@ class Prefill {
  public:
   // Allocates the workspace, PrefillWorkspaceBytes(config) bytes, on a CUDA device, and sets kernel attributes there;
   // Host needs none. Blocks. `device` must outlive the Prefill, the Prefill every graph that uses it and all work
-  // queued on it. INVALID_ARGUMENT: counts below 1, heads that do not fit each other, a scale that is not finite and
-  // positive. UNIMPLEMENTED: a CUDA device whose compute capability is not 9.0. RESOURCE_EXHAUSTED.
-  static absl::StatusOr<std::unique_ptr<Prefill>> Create(Device& device, const PrefillConfig& config);
+  // queued on it. Reads PRISTINE_GDN_CHUNK_H_* (tuning.h), here and never again; a configuration that is not compiled
+  // or does not fit the device is an error, or replaced as `tuning` says, which is not kept. Host checks the same, but
+  // has no limit on shared memory. INVALID_ARGUMENT: counts below 1, heads that do not fit each other, a scale that is
+  // not finite and positive, a bad tuning. UNIMPLEMENTED, FAILED_PRECONDITION: a device that CheckGdnPrefill refuses.
+  // RESOURCE_EXHAUSTED.
+  static absl::StatusOr<std::unique_ptr<Prefill>> Create(Device& device, const PrefillConfig& config,
+                                                         TuningPolicy* tuning = nullptr);
 
   // Queues two kernels whose grids follow from `bucket` alone and are exact for any cu_seqlens within it; captureable;
   // does not allocate or block. Final states are written in the pool's own dtype, computed in float32 registers.
@@ -66,13 +72,19 @@ class Prefill {
   absl::Status Run(Stream& stream, const Extent& bucket, const PrefillTensors& tensors, const StateView& states) const;
 
   const PrefillConfig& config() const { return config_; }
+  // What runs; null: Run chooses one of PrefillStateKernel()'s by bucket and device, since no variable was set.
+  const GdnTuning* tuning() const { return tuning_.has_value() ? &*tuning_ : nullptr; }
 
  private:
   Prefill(Device& device, const PrefillConfig& config) : device_(device), config_(config) {}
   Device& device_;
   const PrefillConfig config_;
+  std::optional<GdnTuning> tuning_;
   DeviceBuffer workspace_;
 };
+
+// The configurations of the kernel that keeps the states, and its launcher's shared memory for each: for CheckTuning.
+TunableKernel PrefillStateKernel();
 
 // What Create allocates on a CUDA device: per 64 tokens and value head two 64 x 64 bfloat16 matrices and the gates. No
 // state is part of it.

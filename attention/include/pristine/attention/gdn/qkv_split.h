@@ -16,7 +16,7 @@ namespace pristine::attention::gdn {
 
 struct QkvSplitTensors {
   DType dtype = DType::kBFloat16;
-  int32_t q_dim = 0, k_dim = 0, v_dim = 0;  // heads * head_dim each; sums of 10240 and 12288 are real
+  int32_t q_dim = 0, k_dim = 0, v_dim = 0;  // heads * head_dim each; 2^22 together at most (10240 and 12288 are real)
   // Element (t, d) lies at t * stride_t + d * stride_d. A transposed convolution output [dim, tokens] has strides
   // (1, tokens).
   DeviceSpan<const std::byte> mixed = {};
@@ -34,8 +34,8 @@ struct QkvSplitTensors {
 };
 
 // Queues one kernel over the first `tokens` rows; captureable. INVALID_ARGUMENT: a tensor too small, misaligned or
-// overlapping strides (0, or one that is negative), a norm_head_dim that is not offered. UNIMPLEMENTED: a dtype
-// other than float32 and bfloat16.
+// overlapping strides (0, or one that is negative) or one above 2^31, a norm_head_dim that is not offered.
+// UNIMPLEMENTED: a dtype other than float32 and bfloat16.
 absl::Status QkvSplit(Stream& stream, int32_t tokens, const QkvSplitTensors& tensors);
 
 }  // namespace pristine::attention::gdn

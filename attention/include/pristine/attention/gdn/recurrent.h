@@ -33,7 +33,8 @@ struct RecurrentInputs {
 };
 
 // Each queues one kernel, captureable, whose grid follows from rows, tokens and heads alone. INVALID_ARGUMENT: counts
-// below 1, a tensor too small or misaligned, a stride below the row, heads that do not fit the pool or each other.
+// below 1, a tensor too small or misaligned, a stride below the row, heads that do not fit the pool or each other, a
+// slot_stride that is none (StateView).
 // UNIMPLEMENTED: a dtype other than float32 and bfloat16.
 
 // One token each: writes `out` [rows, v_heads, V] and the states, in place.

@@ -39,7 +39,8 @@ struct StateView {
   DType dtype = DType::kFloat32;
   int32_t v_heads = 0;
   int32_t slots = 0;
-  int64_t slot_stride = 0;  // elements from slot to slot, at least v_heads * V * K
+  // Elements from slot to slot: a multiple of 16 bytes, at least v_heads * V * K and at most 2^31.
+  int64_t slot_stride = 0;
   DeviceSpan<std::byte> states = {};
   PaddedRows padded_rows = PaddedRows::kSkip;
 };
@@ -107,7 +108,8 @@ struct ForeignPool {
   Slot first_allocatable_slot = 1;  // the smallest that the engine's allocator hands out
 };
 
-// INVALID_ARGUMENT: the memory is too small for its slots or not aligned to 16 bytes, or kClampToZero where slot 0 is
+// INVALID_ARGUMENT: the memory is too small for its slots or not aligned to 16 bytes, a slot_stride that is none (see
+// StateView), or kClampToZero where slot 0 is
 // allocatable: padded rows would then read a live request's state (sglang #36880).
 // UNIMPLEMENTED as Create.
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows);

@@ -6,6 +6,9 @@
 //   PRISTINE_GDN_CHUNK_H_BV           columns of V per block (32)
 //   PRISTINE_GDN_CHUNK_H_NUM_WARPS    warps per block (4)
 //   PRISTINE_GDN_CHUNK_H_NUM_STAGES   chunks in flight (2)
+//
+// The defaults in parentheses are those of the unfused state kernel (UnfusedStateSharedBytes). Where a kernel's
+// compiled configurations are given, as Prefill::Create does, the defaults are theirs.
 #ifndef PRISTINE_ATTENTION_GDN_TUNING_H_
 #define PRISTINE_ATTENTION_GDN_TUNING_H_
 
@@ -24,15 +27,18 @@ struct GdnTuning {
   int32_t bv = 32;
   int32_t num_warps = 4;
   int32_t num_stages = 2;
-  bool from_environment = false;  // whether any variable was set; else a kernel's own choice may take precedence
+  bool from_environment = false;  // whether any variable was set; else a kernel may choose by shape
   friend bool operator==(const GdnTuning&, const GdnTuning&) = default;
 };
 
 // Reads the three variables through `get`, which returns null for one that is not set. INVALID_ARGUMENT: one that is no
 // whole number of at least 1, blanks and trailing characters included; names it and quotes what it holds.
-absl::StatusOr<GdnTuning> ParseGdnTuning(absl::FunctionRef<const char*(const char* name)> get);
+// What is not set comes from the first of `compiled` that agrees with all that is set; where none does, from the first;
+// where there are none, from GdnTuning's defaults.
+absl::StatusOr<GdnTuning> ParseGdnTuning(absl::FunctionRef<const char*(const char* name)> get,
+                                         absl::Span<const GdnTuning> compiled = {});
 // From this process's environment.
-absl::StatusOr<GdnTuning> GdnTuningFromEnvironment();
+absl::StatusOr<GdnTuning> GdnTuningFromEnvironment(absl::Span<const GdnTuning> compiled = {});
 
 // A kernel's compiled configurations, and the function that its launcher takes the shared memory of each from.
 struct TunableKernel {

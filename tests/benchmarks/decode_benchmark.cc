@@ -1,0 +1,401 @@
+// How long decode takes over a paged KV cache, against the time that a copy of the same bytes would take and, with
+// --peer=FILE, against the fastest of another library's paths for the same cells.
+//
+// Each cell has as many KV caches as fill 256 MiB, so that one is out of the L2 cache when its turn comes again; pages
+// are handed out in a scrambled order; queries, outputs and page tables stay. At least 20 launches over all caches make
+// up a graph; a sample is the time between an event before and one after it, over its launches. Before anything is
+// timed, sampled heads are compared with the definition in double. Bytes count KV, queries and outputs once. Without a
+// peer file there are a few cells of our own.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "attention/kernels/bfloat16.h"
+#include "attention/kernels/float8.h"
+#include "pristine/attention/decode_plan.h"
+#include "pristine/attention/paged_decode.h"
+#include "pristine/buffers/buffer_manager.h"
+#include "pristine/graph_runtime/graph.h"
+#include "pristine/graph_runtime/status.h"
+#include "tests/benchmarks/launch_ring.h"
+
+namespace pristine::benchmarks {
+namespace {
+
+using attention::BFloat16;
+using attention::DecodeScheduler;
+using attention::DType;
+using attention::Float8E4M3;
+
+constexpr int64_t kRotation = int64_t{256} << 20;  // bytes between two uses of a cache
+constexpr int64_t kBudget = int64_t{100} << 30;    // of a cell's caches
+constexpr double kCopyBytesPerUs = 4.267e6;        // read + written, measured on an H200
+
+struct Options {
+  std::string peer;
+  int samples = 7;
+  int q_len = 1;
+  int64_t every = 1;  // of the peer's cells
+  DecodeScheduler scheduler = DecodeScheduler::kDevice;
+};
+
+struct Cell {
+  bool float8;
+  int32_t q_heads, kv_heads, head_dim, page_size, batch, length;
+  double peer_us = 0;  // 0: none
+
+  DType kv_dtype() const { return float8 ? DType::kFloat8E4M3 : DType::kBFloat16; }
+  int64_t pages() const { return int64_t{batch} * ((length - 1) / page_size + 1); }
+  int64_t page_elements() const { return int64_t{page_size} * kv_heads * head_dim; }
+  int64_t cache_bytes() const {  // K alone, or V
+    return pages() * page_elements() * static_cast<int64_t>(attention::SizeOf(kv_dtype()));
+  }
+  int64_t caches() const { return (kRotation + 2 * cache_bytes() - 1) / (2 * cache_bytes()); }
+  std::string Key() const {
+    return absl::StrCat(float8 ? "fp8_e4m3" : "bf16", ",", q_heads, ",", kv_heads, ",", head_dim, ",", page_size, ",",
+                        batch, ",", length);
+  }
+};
+
+// The cells of the file in its order, each with its fastest path.
+absl::StatusOr<std::vector<Cell>> ReadPeer(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) return absl::NotFoundError(absl::StrCat("cannot read ", path));
+  std::vector<Cell> cells;
+  std::map<std::string, size_t> found;
+  std::string line;
+  while (std::getline(file, line)) {
+    if (line.empty() || line[0] == '#' || line.rfind("path,", 0) == 0) continue;
+    std::replace(line.begin(), line.end(), ',', ' ');
+    std::istringstream fields(line);
+    std::string peer_path, kv;
+    Cell cell = {};
+    fields >> peer_path >> kv >> cell.q_heads >> cell.kv_heads >> cell.head_dim >> cell.page_size >> cell.batch >>
+        cell.length >> cell.peer_us;
+    if (!fields) return absl::InvalidArgumentError(absl::StrCat(path, ": cannot understand ", line));
+    cell.float8 = kv == "fp8_e4m3";
+    const auto [at, is_new] = found.emplace(cell.Key(), cells.size());
+    if (is_new) {
+      cells.push_back(cell);
+    } else {
+      cells[at->second].peer_us = std::min(cells[at->second].peer_us, cell.peer_us);
+    }
+  }
+  return cells;
+}
+
+std::vector<Cell> OwnCells() {
+  std::vector<Cell> cells;
+  for (const bool float8 : {false, true}) {
+    for (const int32_t page_size : {1, 16, 64}) {
+      for (const auto& [batch, length] : {std::pair{1, 1024}, {8, 1024}, {1, 16384}, {32, 1024}, {32, 8192}}) {
+        cells.push_back({float8, 32, 8, 128, page_size, batch, length});
+      }
+    }
+  }
+  return cells;
+}
+
+class Workload {
+ public:
+  static absl::StatusOr<std::unique_ptr<Workload>> Create(Device& device, Stream& stream, const Cell& cell,
+                                                          const Options& options) {
+    std::unique_ptr<Workload> work(new Workload(stream, cell, options.q_len));
+    PRISTINE_ASSIGN_OR_RETURN(work->manager_, BufferManager::Create(device));
+    const Extent bucket = work->bucket_;
+    PRISTINE_ASSIGN_OR_RETURN(work->plan_,
+                              attention::DecodePlan::Create(*work->manager_, {.buckets = {bucket},
+                                                                              .q_len = options.q_len,
+                                                                              .q_heads = cell.q_heads,
+                                                                              .kv_heads = cell.kv_heads,
+                                                                              .head_dim = cell.head_dim,
+                                                                              .dtype = DType::kBFloat16,
+                                                                              .kv_dtype = cell.kv_dtype(),
+                                                                              .page_size = cell.page_size,
+                                                                              .max_row_tokens = cell.length,
+                                                                              .derived_from = {},
+                                                                              .scheduler = options.scheduler}));
+    PRISTINE_ASSIGN_OR_RETURN(work->decode_, attention::PagedDecode::Create(*work->plan_, work->Scale()));
+    PRISTINE_RETURN_IF_ERROR(work->manager_->Seal());
+    PRISTINE_RETURN_IF_ERROR(work->Allocate(device));
+
+    // A first launch loads the kernel, which a capture need not survive. The workspace of a host plan holds its
+    // original, which is the plan of rows as long as these.
+    PRISTINE_RETURN_IF_ERROR(work->decode_->Run(stream, bucket, work->Tensors(0)));
+    const double bytes = work->bytes();
+    work->launches_ = std::max<int64_t>(cell.caches(), std::clamp<int64_t>(static_cast<int64_t>(5e10 / bytes), 4, 20));
+    PRISTINE_ASSIGN_OR_RETURN(
+        const std::unique_ptr<Graph> captured, Capture(stream, [&](Stream& capturing) -> absl::Status {
+          for (int64_t i = 0; i < work->launches_; ++i) {
+            PRISTINE_RETURN_IF_ERROR(work->decode_->Run(capturing, bucket, work->Tensors(i % cell.caches())));
+          }
+          return absl::OkStatus();
+        }));
+    PRISTINE_ASSIGN_OR_RETURN(work->exec_, captured->Instantiate());
+    return work;
+  }
+
+  double bytes() const {
+    return 2.0 * static_cast<double>(cell_.cache_bytes()) + 2.0 * static_cast<double>(q_.As<const std::byte>().size());
+  }
+
+  // A head of the first row, of the last, and of one between, over the first cache.
+  absl::Status Check() {
+    PRISTINE_RETURN_IF_ERROR(stream_.Fill(out_.As<std::byte>(), std::byte{0xff}));
+    PRISTINE_RETURN_IF_ERROR(decode_->Run(stream_, bucket_, Tensors(0)));
+    const int32_t rows[] = {0, cell_.batch / 2, cell_.batch - 1};
+    for (int i = 0; i < 3; ++i) {
+      PRISTINE_RETURN_IF_ERROR(CheckHead(rows[i], i * (q_len_ - 1) / 2, i * (cell_.q_heads - 1) / 2));
+    }
+    return absl::OkStatus();
+  }
+
+  // Microseconds of a launch.
+  absl::StatusOr<double> Time(int samples) {
+    std::vector<double> times(static_cast<size_t>(samples) + 1);
+    PRISTINE_ASSIGN_OR_RETURN(LaunchRing ring, LaunchRing::Create());
+    const cudaStream_t native = static_cast<cudaStream_t>(stream_.native());
+    for (double& time : times) {
+      PRISTINE_RETURN_IF_ERROR(ring.Begin(native, &time));
+      PRISTINE_RETURN_IF_ERROR(exec_->Launch(stream_));
+      PRISTINE_RETURN_IF_ERROR(ring.End(native));
+    }
+    PRISTINE_RETURN_IF_ERROR(ring.Drain());
+    times.erase(times.begin());
+    return Summarize(times).median / static_cast<double>(launches_);
+  }
+
+ private:
+  Workload(Stream& stream, const Cell& cell, int32_t q_len)
+      : stream_(stream), cell_(cell), q_len_(q_len), bucket_{cell.batch, cell.batch * q_len} {}
+  float Scale() const { return 1 / std::sqrt(static_cast<float>(cell_.head_dim)); }
+
+  absl::Status Allocate(Device& device) {
+    const int64_t heads = int64_t{cell_.batch} * q_len_ * cell_.q_heads;
+    PRISTINE_ASSIGN_OR_RETURN(q_, device.Allocate(heads * cell_.head_dim * 2, "q"));
+    PRISTINE_ASSIGN_OR_RETURN(out_, device.Allocate(heads * cell_.head_dim * 2, "out"));
+    PRISTINE_ASSIGN_OR_RETURN(lse_, device.Allocate(heads * 4, "lse"));
+    PRISTINE_ASSIGN_OR_RETURN(kv_, device.Allocate(2 * cell_.caches() * cell_.cache_bytes(), "kv"));
+    PRISTINE_RETURN_IF_ERROR(FillRandomly(q_.As<std::byte>(), false));
+    PRISTINE_RETURN_IF_ERROR(FillRandomly(kv_.As<std::byte>(), cell_.float8));
+    pages_.resize(static_cast<size_t>(cell_.pages()));
+    std::iota(pages_.begin(), pages_.end(), 0);
+    std::shuffle(pages_.begin(), pages_.end(), std::mt19937_64(7));
+    std::vector<int32_t> indptr(static_cast<size_t>(cell_.batch) + 1);
+    for (size_t i = 0; i < indptr.size(); ++i) {
+      indptr[i] = static_cast<int32_t>(static_cast<int64_t>(i) * cell_.pages() / cell_.batch);
+    }
+    PRISTINE_RETURN_IF_ERROR(Put(device, indptr, kv_indptr_));
+    PRISTINE_RETURN_IF_ERROR(Put(device, pages_, kv_indices_));
+    return Put(device, std::vector<int32_t>(static_cast<size_t>(cell_.batch), cell_.length), lengths_);
+  }
+  absl::Status Put(Device& device, const std::vector<int32_t>& values, DeviceBuffer& to) {
+    PRISTINE_ASSIGN_OR_RETURN(to, device.Allocate(values.size() * 4, "page table"));
+    PRISTINE_RETURN_IF_ERROR(stream_.CopyFromHost(
+        to.As<std::byte>(), {reinterpret_cast<const std::byte*>(values.data()), values.size() * 4}));
+    return stream_.Synchronize();
+  }
+  // Copies of a random block; its odd size lets no two pages be alike.
+  absl::Status FillRandomly(DeviceSpan<std::byte> to, bool float8) {
+    constexpr size_t kBlock = (size_t{16} << 20) - 272;
+    std::vector<std::byte> block(std::min(kBlock, to.size()));
+    std::mt19937_64 random(1);
+    std::uniform_real_distribution<float> value(-1.7f, 1.7f);
+    for (size_t at = 0; at + 2 <= block.size(); at += float8 ? 1 : 2) {
+      const float x = value(random);
+      if (float8) {
+        block[at] = std::byte{attention::FromFloat<Float8E4M3>(x).bits};
+      } else {
+        const BFloat16 narrow = attention::FromFloat<BFloat16>(x);
+        std::memcpy(&block[at], &narrow, 2);
+      }
+    }
+    PRISTINE_RETURN_IF_ERROR(stream_.CopyFromHost(to.Sub(0, block.size()), block));
+    for (size_t at = block.size(); at < to.size(); at += block.size()) {
+      const size_t size = std::min(block.size(), to.size() - at);
+      PRISTINE_RETURN_IF_ERROR(stream_.Copy(to.Sub(at, size), {to.address(), size}));
+    }
+    return stream_.Synchronize();
+  }
+
+  DeviceSpan<const std::byte> Cache(int64_t index, bool values) const {
+    return kv_.As<const std::byte>().Sub((2 * index + (values ? 1 : 0)) * cell_.cache_bytes(), cell_.cache_bytes());
+  }
+  attention::DecodeTensors Tensors(int64_t cache) const {
+    attention::DecodeTensors tensors;
+    tensors.q = q_.As<const std::byte>();
+    tensors.k = Cache(cache, false);
+    tensors.v = Cache(cache, true);
+    tensors.out = out_.As<std::byte>();
+    tensors.lse = lse_.As<attention::LseBase2>();
+    tensors.kv_indptr = kv_indptr_.As<const int32_t>();
+    tensors.kv_indices = kv_indices_.As<const int32_t>();
+    tensors.lengths = lengths_.As<const int32_t>();
+    return tensors;
+  }
+
+  absl::StatusOr<std::vector<float>> Read(DeviceSpan<const std::byte> from, bool float8) {
+    std::vector<std::byte> bytes(from.size());
+    PRISTINE_RETURN_IF_ERROR(stream_.CopyToHost(absl::MakeSpan(bytes), from));
+    PRISTINE_RETURN_IF_ERROR(stream_.Synchronize());
+    std::vector<float> values(bytes.size() / (float8 ? 1 : 2));
+    for (size_t i = 0; i < values.size(); ++i) {
+      BFloat16 narrow;
+      std::memcpy(&narrow, &bytes[float8 ? 0 : 2 * i], 2);
+      values[i] = float8 ? ToFloat(Float8E4M3{static_cast<uint8_t>(bytes[i])}) : ToFloat(narrow);
+    }
+    return values;
+  }
+
+  absl::Status CheckHead(int32_t row, int32_t token, int32_t head) {
+    const int32_t dim = cell_.head_dim, kv_head = head / (cell_.q_heads / cell_.kv_heads);
+    const int64_t page_bytes = cell_.page_elements() * static_cast<int64_t>(attention::SizeOf(cell_.kv_dtype()));
+    const int64_t place = ((int64_t{row} * q_len_ + token) * cell_.q_heads + head) * dim * 2;
+    PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> q, Read(q_.As<const std::byte>().Sub(place, dim * 2), false));
+    PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> out,
+                              Read(out_.As<const std::byte>().Sub(place, dim * 2), false));
+    const int64_t first_page = int64_t{row} * cell_.pages() / cell_.batch;
+    const int32_t end = cell_.length - q_len_ + token + 1;
+    std::vector<double> sum(static_cast<size_t>(dim));
+    double mass = 0;
+    for (int32_t from = 0; from < end; from += cell_.page_size) {
+      const int64_t page = pages_[static_cast<size_t>(first_page + from / cell_.page_size)];
+      PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> k,
+                                Read(Cache(0, false).Sub(page * page_bytes, page_bytes), cell_.float8));
+      PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> v,
+                                Read(Cache(0, true).Sub(page * page_bytes, page_bytes), cell_.float8));
+      for (int32_t t = 0; t < std::min(cell_.page_size, end - from); ++t) {
+        const size_t at = (size_t{1} * t * cell_.kv_heads + kv_head) * dim;
+        double score = 0;
+        for (int32_t d = 0; d < dim; ++d) score += double{q[d]} * k[at + d];
+        const double weight = std::exp(score * Scale());  // scores of these values are small
+        mass += weight;
+        for (int32_t d = 0; d < dim; ++d) sum[d] += weight * v[at + d];
+      }
+    }
+    double error = 0, norm = 0;
+    for (int32_t d = 0; d < dim; ++d) {
+      error += (out[d] - sum[d] / mass) * (out[d] - sum[d] / mass);
+      norm += sum[d] / mass * (sum[d] / mass);
+    }
+    if (std::sqrt(error / norm) <= 8e-3) return absl::OkStatus();  // NaN does not pass
+    return absl::DataLossError(absl::StrCat(cell_.Key(), ": row ", row, ", token ", token, ", head ", head,
+                                            ": relative RMS ", std::sqrt(error / norm)));
+  }
+
+  Stream& stream_;
+  const Cell cell_;
+  const int32_t q_len_;
+  const Extent bucket_;
+  std::vector<int32_t> pages_;
+  DeviceBuffer q_, out_, lse_, kv_, kv_indptr_, kv_indices_, lengths_;
+  std::unique_ptr<BufferManager> manager_;
+  std::unique_ptr<attention::DecodePlan> plan_;
+  std::unique_ptr<attention::PagedDecode> decode_;
+  std::unique_ptr<GraphExec> exec_;
+  int64_t launches_ = 0;
+};
+
+// Geometric mean of speedups.
+struct Mean {
+  double logs = 0;
+  int count = 0;
+  void Add(double ratio) { logs += std::log(ratio), ++count; }
+  double value() const { return count == 0 ? 0 : std::exp(logs / count); }
+};
+
+absl::Status Run(const Options& options) {
+  std::vector<Cell> cells = OwnCells();
+  if (!options.peer.empty()) {
+    PRISTINE_ASSIGN_OR_RETURN(cells, ReadPeer(options.peer));
+  }
+  PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Device> device, CreateCudaDevice(0));
+  PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device->CreateStream());
+  std::printf("%-40s %10s %10s %8s %10s %8s\n", "cell", "us", "floor us", "of copy", "peer us", "speedup");
+  Mean bf16, fp8;
+  std::vector<std::string> slower;
+  for (size_t i = 0; i < cells.size(); i += static_cast<size_t>(options.every)) {
+    const Cell& cell = cells[i];
+    if (2 * cell.caches() * cell.cache_bytes() > kBudget) continue;
+    PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Workload> work, Workload::Create(*device, *stream, cell, options));
+    PRISTINE_RETURN_IF_ERROR(work->Check());
+    PRISTINE_ASSIGN_OR_RETURN(const double us, work->Time(options.samples));
+    const double floor = work->bytes() / kCopyBytesPerUs;
+    std::printf("%-40s %10.2f %10.2f %8.3f", cell.Key().c_str(), us, floor, floor / us);
+    if (cell.peer_us > 0) {
+      const double speedup = cell.peer_us / us;
+      std::printf(" %10.2f %8.2f", cell.peer_us, speedup);
+      (cell.float8 ? fp8 : bf16).Add(speedup);
+      if (speedup < 1) slower.push_back(absl::StrCat(cell.Key(), " ", speedup));
+    }
+    std::printf("\n");
+  }
+  if (bf16.count + fp8.count == 0) return absl::OkStatus();
+  std::printf("geometric mean of the speedups: bf16 %.3f over %d cells, fp8 %.3f over %d\n", bf16.value(), bf16.count,
+              fp8.value(), fp8.count);
+  std::printf("slower than the peer: %zu\n", slower.size());
+  for (const std::string& cell : slower) std::printf("  %s\n", cell.c_str());
+  return absl::OkStatus();
+}
+
+bool ParseNumber(const char* argument, const char* name, int64_t least, int64_t& value) {
+  const size_t length = std::strlen(name);
+  if (std::strncmp(argument, name, length) != 0) return false;
+  const char* const end = argument + std::strlen(argument);
+  const auto [parsed, error] = std::from_chars(argument + length, end, value);
+  return error == std::errc() && parsed == end && value >= least;
+}
+
+bool Parse(const char* argument, Options& options) {
+  int64_t value = 0;
+  if (std::strncmp(argument, "--peer=", 7) == 0) {
+    options.peer = argument + 7;
+  } else if (std::strcmp(argument, "--scheduler=host") == 0) {
+    options.scheduler = DecodeScheduler::kHost;
+  } else if (std::strcmp(argument, "--scheduler=device") == 0) {
+    options.scheduler = DecodeScheduler::kDevice;
+  } else if (ParseNumber(argument, "--samples=", 1, value)) {
+    options.samples = static_cast<int>(std::min<int64_t>(value, 1000));
+  } else if (ParseNumber(argument, "--q-len=", 1, value)) {
+    options.q_len = static_cast<int>(std::min<int64_t>(value, 1000));
+  } else if (ParseNumber(argument, "--every=", 1, value)) {
+    options.every = value;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace pristine::benchmarks
+
+int main(int argc, char** argv) {
+  pristine::benchmarks::Options options;
+  for (int i = 1; i < argc; ++i) {
+    if (!pristine::benchmarks::Parse(argv[i], options)) {
+      std::fprintf(stderr,
+                   "unknown argument %s\nusage: decode_benchmark [--peer=FILE] [--every=N] [--samples=N] [--q-len=N] "
+                   "[--scheduler=device|host]\n",
+                   argv[i]);
+      return 2;
+    }
+  }
+  const absl::Status status = pristine::benchmarks::Run(options);
+  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  return status.ok() ? 0 : 1;
+}
