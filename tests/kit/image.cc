@@ -119,6 +119,9 @@ std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
           Put(image, Layout::kVNew, int64_t{r} * kv_row + i, value);
           if (shape_.appends && !appended) continue;
         }
+        // What is not attended is poison, but for what the step itself stores there.
+        const bool stored = p == newest && shape_.appends;
+        if (!stored && shape_.attended && !shape_.attended(length, i / dim, p)) continue;
         Put(image, Layout::kK, step_.Slot(shape_, r, p) * kv_row + i, key);
         Put(image, Layout::kV, step_.Slot(shape_, r, p) * kv_row + i, value);
       }

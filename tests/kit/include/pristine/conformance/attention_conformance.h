@@ -49,7 +49,8 @@ struct AttentionShape {
   enum class Lse { kNone, kBase2, kNatural } lse = Lse::kBase2;  // what Run writes to AttentionTensors::lse
   // Run stores k_new and v_new at the step's slots before it attends. Otherwise it finds them stored.
   bool appends = false;
-  // Whether the newest token of a request of `length` attends `position`: a window, a sparse selection. Null: all.
+  // Whether the newest token of a request of `length` attends `position`: a window, a sparse selection. Null: all. K
+  // and V of positions that it does not attend are poison.
   std::function<bool(int32_t length, int32_t kv_head, int32_t position)> attended = nullptr;
   int32_t steps_in_flight = 2;  // Prepare may be called while this many - 1 earlier steps have not run yet
   uint64_t seed = 1;            // of values, pages and random lengths
