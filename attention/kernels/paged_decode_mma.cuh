@@ -80,7 +80,7 @@ __device__ inline int LengthOf(const RowPages& pages) {
   return static_cast<int>(min(static_cast<long long>(pages.length), 0x7fffff00LL));
 }
 __device__ inline int FirstSeen(const PagedDecodeParams& p, int length) {
-  return p.window > 0 ? max(length - p.q_len + 1 - p.window, 0) : 0;
+  return p.window > 0 ? max(length - p.q_len + 1 - min(p.window, length), 0) : 0;
 }
 template <int kTile>
 __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
@@ -483,7 +483,8 @@ struct State {
   }
 };
 
-// What became of one row of a piece, over all warps.
+// What became of one row of a piece, over all warps. The top of scores that are all NaN is -inf, too: only the mass
+// tells them from nothing to attend.
 struct Total {
   float top, mass;
   __device__ float Lse() const { return mass == 0.0f ? -CUDART_INF_F : top + log2f(mass); }
@@ -492,10 +493,9 @@ __device__ inline Total TotalOf(const Small& small, int row) {
   Total total = {-CUDART_INF_F, 0.0f};
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) total.top = fmaxf(total.top, small.top[w][row]);
-  if (total.top == -CUDART_INF_F) return total;
+  const float safe = total.top == -CUDART_INF_F ? 0.0f : total.top;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w)
-    total.mass = fmaf(small.mass[w][row], Exp2(small.top[w][row] - total.top), total.mass);
+  for (int w = 0; w < kWarps; ++w) total.mass = fmaf(small.mass[w][row], Exp2(small.top[w][row] - safe), total.mass);
   return total;
 }
 
@@ -512,7 +512,7 @@ __device__ inline void WriteResult(const PagedDecodeParams& p, const Piece& piec
   const int m = piece.first_m + row;
   const int head = piece.kv_head * group + m % group;
   float factor = 0.0f;
-  if (total.mass > 0.0f) {
+  if (total.mass != 0.0f) {
     factor = p.kv.v_scale == nullptr ? 1.0f : *p.kv.v_scale;
     if (p.sinks != nullptr) {
       const float sink = p.sinks[head] * kLog2E;
@@ -769,7 +769,7 @@ class Block {
           continue;
         }
         const long long place = planned ? ItemPlace(piece, 16 * t + row) : BlockPlace(blockIdx.x, starts, 16 * t + row);
-        float factor = total.mass > 0.0f ? 1.0f / total.mass : 0.0f;
+        float factor = total.mass != 0.0f ? 1.0f / total.mass : 0.0f;
         if (planned && p_.kv.v_scale != nullptr) factor *= *p_.kv.v_scale;
         *reinterpret_cast<float4*>(p_.partial_out + place * kHeadDim + dim) = Scaled(sum, factor);
         if (dim == 0) p_.partial_lse[place] = total.Lse();
@@ -811,13 +811,13 @@ class Block {
         float top = total.top;
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, lse[j]);
-        if (top == -CUDART_INF_F) continue;
-        const float decay = Exp2(total.top - top);
+        const float safe = top == -CUDART_INF_F ? 0.0f : top;
+        const float decay = Exp2(total.top - safe);
         total = {top, total.mass * decay};
         sum = Scaled(sum, decay);
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          const float weight = Exp2(lse[j] - top);  // 0 of a part that attends nothing, and its values are 0 too
+          const float weight = Exp2(lse[j] - safe);  // 0 of a part that attends nothing, and its values are 0 too
           total.mass += weight;
           sum = {fmaf(part[j].x, weight, sum.x), fmaf(part[j].y, weight, sum.y), fmaf(part[j].z, weight, sum.z),
                  fmaf(part[j].w, weight, sum.w)};

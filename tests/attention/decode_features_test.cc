@@ -2,7 +2,9 @@
 // FlashInfer (uniform multi-token decode, sinks, window, logits cap, scales), XQA and FlashMLA (zero lengths, poisoned
 // pages, wild table tails).
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -114,6 +116,21 @@ TYPED_TEST(DecodeFeaturesTest, AWindowCountsFromEachQuerysOwnPosition) {
         EXPECT_EQ(this->Run(DecodeCase(shape, {length}, {needle}), 1), "")
             << shape.ToString() << ", length " << length << ", needle " << needle;
       }
+    }
+  }
+}
+
+// The largest window is none, for rows that are shorter than the chain, too.
+TYPED_TEST(DecodeFeaturesTest, AWindowWithoutBoundIsNone) {
+  for (const int32_t q_len : {1, 16}) {
+    for (const DecodeScheduler scheduler : kSchedulers) {
+      const DecodeShape shape = {.dtype = DType::kBFloat16,
+                                 .page_size = 16,
+                                 .window = std::numeric_limits<int32_t>::max(),
+                                 .seed = 845,
+                                 .q_len = q_len};
+      const DecodeCase step(shape, {1, 0, q_len - 1, q_len, 150}, {-1, -1, -1, -1, 0});
+      EXPECT_EQ(this->Run(step, 6, {.scheduler = scheduler}), "") << shape.ToString();
     }
   }
 }
@@ -237,6 +254,48 @@ TYPED_TEST(DecodeFeaturesTest, WhatNoQueryAttendsMayBeNaN) {
   ASSERT_OK(this->rig_->Begin(1, step, 1));
   ASSERT_OK(this->rig_->RunEagerly(1, 1));
   EXPECT_EQ(this->rig_->Check(1, step, 1), "");
+}
+
+// A query that is NaN makes its own result NaN and no other, whether its keys are cut up over blocks or not. Zeros and
+// -inf would say that it attends nothing.
+TYPED_TEST(DecodeFeaturesTest, NaNInAQueryIsNaNInItsResultAlone) {
+  constexpr int32_t kHead = 1;
+  for (const DType kv_dtype : {DType::kBFloat16, DType::kFloat8E4M3, DType::kFloat32}) {
+    for (const DecodeScheduler scheduler : kSchedulers) {
+      for (const int32_t q_len : {1, 3}) {
+        const DecodeShape shape = {.dtype = kv_dtype == DType::kFloat32 ? kv_dtype : DType::kBFloat16,
+                                   .page_size = 16,
+                                   .seed = 897,
+                                   .q_len = q_len,
+                                   .kv_dtype = kv_dtype,
+                                   .sinks = q_len == 3};
+        const DecodeCase step(shape, {1, 40, 0, 2000}, {-1, -1, -1, -1});  // a block's, and those of many
+        ASSERT_OK(this->Prepare(step, {.buckets = {4}, .scheduler = scheduler}));
+        std::vector<float> values = ToFloats(step.Q(), shape.dtype);
+        for (int32_t row = 0; row < step.rows(); ++row) {  // of the last query of each row
+          values[(((row + 1) * q_len - 1) * shape.q_heads + kHead) * shape.head_dim + 5] = std::nanf("");
+        }
+        DeviceBuffer q = *this->device_->Allocate(step.Q().size(), "q");
+        ASSERT_OK(Upload(*this->stream_, q.As<std::byte>(), ToBytes(values, shape.dtype)));
+        this->rig_->tensors.q = q.As<const std::byte>();
+        ASSERT_OK(this->rig_->Begin(4, step, 4));
+        ASSERT_OK(this->rig_->RunEagerly(4, 4));
+        for (int32_t place = 0; place < step.rows() * q_len * shape.q_heads; ++place) {
+          const int32_t row = place / shape.q_heads / q_len, query = place / shape.q_heads % q_len;
+          const int32_t head = place % shape.q_heads;
+          if (head != kHead || query != q_len - 1 || step.lengths()[row] == 0) {
+            EXPECT_EQ(this->rig_->CheckHead(row, head, step.Expected(row, head, nullptr, query), query), "");
+            continue;
+          }
+          EXPECT_TRUE(std::isnan(this->rig_->lse[place])) << shape.ToString() << ", row " << row;
+          for (int32_t d = 0; d < shape.head_dim; ++d) {
+            ASSERT_TRUE(std::isnan(this->rig_->out[place * shape.head_dim + d])) << shape.ToString() << ", row " << row;
+          }
+        }
+        this->rig_.reset();
+      }
+    }
+  }
 }
 
 // Many rows, few of them long: blocks own pieces of several rows, and rows are merged from many blocks.

@@ -146,7 +146,7 @@ OracleRow DecodeCase::Expected(int32_t row, int32_t q_head, const std::function<
   std::vector<double> q, keys, values;
   for (int32_t d = 0; d < shape_.head_dim; ++d) q.push_back(Query(row, query, q_head, d));
   const int32_t end = lengths_[row] - shape_.q_len + query + 1;
-  for (int32_t p = shape_.window > 0 ? std::max(0, end - shape_.window) : 0; p < end; ++p) {
+  for (int32_t p = shape_.window > 0 && end > shape_.window ? end - shape_.window : 0; p < end; ++p) {
     if (attended && !attended(p)) continue;
     for (int32_t d = 0; d < shape_.head_dim; ++d) {
       keys.push_back(Key(row, p, kv_head, d));
