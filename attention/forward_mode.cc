@@ -113,14 +113,25 @@ absl::Status CheckShape(ForwardMode mode, KernelFamily family, const DeviceCaps&
                   absl::StrCat("at most ", kDecodeMaxGroup), "KV heads repeated");
   }
   const bool decode = family == KernelFamily::kDecode;
-  const bool found = decode ? FindDecodeVariant(config.dtype, config.kv_dtype, config.head_dim) != nullptr
-                            : FindPrefillVariant(config.dtype, config.kv_dtype, config.head_dim,
-                                                 10 * caps.sm_major + caps.sm_minor) != nullptr;
-  if (found) return absl::OkStatus();
-  return Refuse(mode,
-                absl::StrCat("no ", ToString(family), " kernel for ", ToString(config.dtype), " over a KV cache in ",
-                             ToString(config.kv_dtype), " with head_dim ", config.head_dim),
-                absl::StrCat("one of ", decode ? DecodeVariantNames() : PrefillVariantNames()), InsteadOf(config));
+  const DecodeVariant* const decode_variant = FindDecodeVariant(config.dtype, config.kv_dtype, config.head_dim);
+  const PrefillVariant* const prefill_variant =
+      FindPrefillVariant(config.dtype, config.kv_dtype, config.head_dim, 10 * caps.sm_major + caps.sm_minor);
+  if (decode ? decode_variant == nullptr : prefill_variant == nullptr) {
+    return Refuse(mode,
+                  absl::StrCat("no ", ToString(family), " kernel for ", ToString(config.dtype), " over a KV cache in ",
+                               ToString(config.kv_dtype), " with head_dim ", config.head_dim),
+                  absl::StrCat("one of ", decode ? DecodeVariantNames() : PrefillVariantNames()), InsteadOf(config));
+  }
+  const int32_t shared_bytes = decode ? decode_variant->shared_bytes : prefill_variant->shared_bytes;
+  if (caps.backend == Backend::kHost || static_cast<size_t>(shared_bytes) <= caps.shared_bytes_per_block) {
+    return absl::OkStatus();
+  }
+  return Refuse(
+      mode,
+      absl::StrCat("a block of ", Describe(caps), " has ", caps.shared_bytes_per_block, " bytes of shared memory"),
+      absl::StrCat(shared_bytes, " for ", decode ? decode_variant->decode.name : prefill_variant->kernel.name),
+      decode ? "the context kernels (mode extend, which takes requests of any q_len), or compute capability 9.0"
+             : "a device that has it, float32, or the Host backend");
 }
 
 }  // namespace

@@ -119,6 +119,11 @@ absl::StatusOr<std::unique_ptr<PagedDecode>> PagedDecode::Create(const DecodePla
     if (variant->prepare == nullptr) {
       return absl::UnimplementedError(absl::StrCat(variant->decode.name, ": built without CUDA"));
     }
+    if (static_cast<size_t>(variant->shared_bytes) > device.shared_bytes_per_block()) {
+      return absl::UnimplementedError(absl::StrCat(variant->decode.name, ": ", device.name(), " has ",
+                                                   device.shared_bytes_per_block(),
+                                                   " bytes of shared memory per block, needs ", variant->shared_bytes));
+    }
     // Attributes belong to the current device; queueing on one of its streams makes this device the current one.
     PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());
     PRISTINE_RETURN_IF_ERROR(

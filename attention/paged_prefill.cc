@@ -40,7 +40,7 @@ absl::Status Validate(const PagedPrefillConfig& c) {
   const auto invalid = [&c](const char* what, auto value, const char* accepted) {
     return absl::InvalidArgumentError(absl::StrCat(c.name, ": ", what, " is ", value, ", must be ", accepted));
   };
-  if (c.kv_heads < 1) return invalid("kv_heads", c.kv_heads, "at least 1");
+  if (c.kv_heads < 1 || c.kv_heads > 65535) return invalid("kv_heads", c.kv_heads, "1 to 65535");
   if (c.q_heads < c.kv_heads || c.q_heads % c.kv_heads != 0 || c.q_heads / c.kv_heads > kMaxGroup) {
     return absl::InvalidArgumentError(absl::StrCat(c.name, ": q_heads is ", c.q_heads,
                                                    ", must be kv_heads = ", c.kv_heads, " times 1 to ", kMaxGroup));
@@ -82,6 +82,11 @@ absl::StatusOr<std::unique_ptr<PagedPrefill>> PagedPrefill::Create(Device& devic
                                                    capability, ", needs ", only == 0 ? "at least " : "",
                                                    only == 0 ? kMinCapability : only));
     }
+    if (static_cast<size_t>(variant.shared_bytes) > device.shared_bytes_per_block()) {
+      return absl::UnimplementedError(absl::StrCat(variant.kernel.name, ": ", device.name(), " has ",
+                                                   device.shared_bytes_per_block(),
+                                                   " bytes of shared memory per block, needs ", variant.shared_bytes));
+    }
     if (variant.prepare != nullptr) {
       // Attributes belong to the current device; queueing on one of its streams makes this device the current one.
       PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());
@@ -105,11 +110,11 @@ absl::Status PagedPrefill::Run(Stream& stream, const Extent& bucket, const Prefi
         absl::StrCat(c.name, ": bucket is ", bucket.ToString(), ", must have requests for its tokens"));
   }
   if (bucket.tokens == 0) return absl::OkStatus();
-  if (int64_t{bucket.tokens} * c.q_heads > std::numeric_limits<int32_t>::max()) {
-    return absl::InvalidArgumentError(absl::StrCat(c.name, ": bucket is ", bucket.ToString(),
-                                                   ", must have less than 2^31 "
-                                                   "tokens * q_heads; q_heads is ",
-                                                   c.q_heads));
+  // More than any kernel's grid, and than rows of 32 bits.
+  if ((int64_t{bucket.tokens} + bucket.requests + 1) * c.q_heads > std::numeric_limits<int32_t>::max()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(c.name, ": bucket is ", bucket.ToString(),
+                     ", must have less than 2^31 (tokens + requests + 1) * q_heads; q_heads is ", c.q_heads));
   }
   const size_t element = SizeOf(c.dtype), kv_element = SizeOf(c.kv_dtype);
   const int64_t row = int64_t{c.q_heads} * c.head_dim;

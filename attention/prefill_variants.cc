@@ -18,6 +18,7 @@ constexpr PrefillVariant Mma(DType dtype, DType kv_dtype, const char* name) {
           .kv_dtype = kv_dtype,
           .head_dim = kHeadDim,
           .only_capability = 0,
+          .shared_bytes = kPrefillMmaSharedBytes,
           .kernel = {name, &PagedPrefillHost<T, KV>, PRISTINE_CUDA((&PagedPrefillMmaCuda<T, KV, kHeadDim>)),
                      &PrefillWrites<T>},
           .prepare = PRISTINE_CUDA((&PreparePagedPrefillMma<T, KV, kHeadDim>))};
@@ -28,6 +29,7 @@ constexpr PrefillVariant Wgmma(DType dtype, DType kv_dtype, const char* name) {
           .kv_dtype = kv_dtype,
           .head_dim = kHeadDim,
           .only_capability = 90,
+          .shared_bytes = kPrefillMmaSharedBytes,
           .kernel = {name, &PagedPrefillHost<T, KV>, PRISTINE_CUDA((&PagedPrefillWgmmaCuda<T, KV, kHeadDim>)),
                      &PrefillWrites<T>},
           .prepare = PRISTINE_CUDA((&PreparePagedPrefillWgmma<T, KV, kHeadDim>))};
@@ -38,6 +40,7 @@ constexpr PrefillVariant Float32Variant(const char* name) {
           .kv_dtype = DType::kFloat32,
           .head_dim = kHeadDim,
           .only_capability = 0,
+          .shared_bytes = 0,
           .kernel = {name, &PagedPrefillHost<float, float>, PRISTINE_CUDA(&PagedPrefillFloat32Cuda<kHeadDim>),
                      &PrefillWrites<float>},
           .prepare = nullptr};

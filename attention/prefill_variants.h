@@ -17,6 +17,7 @@ struct PrefillVariant {
   DType kv_dtype;  // of k and v
   int32_t head_dim;
   int32_t only_capability;  // of the devices that can run it, as Device::compute_capability; 0: any from 80 on
+  int32_t shared_bytes;     // as DecodeVariant's
   Kernel<PagedPrefillParams> kernel;
   int (*prepare)();  // sets attributes on the current device; a cudaError_t. Null: nothing to set, or no CUDA
 };

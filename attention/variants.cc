@@ -56,6 +56,7 @@ constexpr DecodeVariant Variant(const char* decode, const char* verify, const Ke
           .verify = kernel(verify),
           .merge = merge,
           .blocks_per_multiprocessor = sizeof(T) == 4 ? 0 : DecodeBlocksPerMultiprocessor(kHeadDim),
+          .shared_bytes = sizeof(T) == 4 ? 0 : DecodeMmaSharedBytes(kHeadDim),
           .prepare = PRISTINE_CUDA((&PagedDecodePrepare<T, Kv, kHeadDim>))};
 }
 

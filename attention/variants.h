@@ -22,6 +22,7 @@ struct DecodeVariant {
   // The blocks per multiprocessor that rows are cut up over without a plan; 0: the kernel gives each row a block, and
   // takes no scratch.
   int32_t blocks_per_multiprocessor;
+  int32_t shared_bytes;  // that a block of the device must be able to have, beyond what every device has; 0: none
   int (*prepare)();  // allows the kernels their shared memory on the current device; a cudaError_t. Null without CUDA
 };
 

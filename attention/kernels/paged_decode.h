@@ -84,6 +84,9 @@ constexpr int32_t kDecodeTileRows = 32;
 constexpr int32_t DecodeBlocksPerMultiprocessor(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 // Their prefix sums are in a block's shared memory.
 constexpr int32_t DecodeMaxRows(int32_t head_dim) { return head_dim <= 128 ? 8192 : 4096; }
+// Of a block of the tensor core kernels, with that many rows. Devices whose blocks have less do not run them: 8.6
+// and 8.9 have 99 KiB, 8.0 has 163.
+constexpr int32_t DecodeMmaSharedBytes(int32_t head_dim) { return (head_dim <= 128 ? 160 : 227) * 1024; }
 
 // T: of q and out. Kv: of k and v. attention/variants.cc lists what there is.
 template <class T, class Kv, int kHeadDim>

@@ -875,18 +875,12 @@ template <class T, class Kv, int kHeadDim, int kMTiles>
 int PrepareMma() {
   static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <= 227 * 1024,
                 "what a multiprocessor of sm_90 has");
-  static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(DecodeMaxRows(kHeadDim)) <= 227 * 1024);
-  int device = 0, most_shared = 0;
-  if (const int error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const int error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      error != cudaSuccess) {
-    return error;
-  }
+  static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(DecodeMaxRows(kHeadDim)) <= DecodeMmaSharedBytes(kHeadDim));
   const auto kernel = PagedDecodeMma<T, Kv, kHeadDim, kMTiles>;
   const int error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, DecodeMmaSharedBytes(kHeadDim));
 }
 
 }  // namespace decode_mma

@@ -14,6 +14,9 @@ struct CUstream_st;
 
 namespace pristine::attention {
 
+// The most shared memory that a tensor core kernel's block takes: what compute capability 8.6 and 8.9 have.
+constexpr int32_t kPrefillMmaSharedBytes = 99 * 1024;
+
 struct PagedPrefillParams {
   const void* q;             // [tokens, q_heads, head_dim]
   PagedKvView kv;            // rows are requests

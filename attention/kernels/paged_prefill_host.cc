@@ -56,7 +56,7 @@ void AddBlock(const PagedPrefillParams& p, float scale, const int64_t* positions
     float score = scale * Dot(row.q, keys[i], p.head_dim);
     if (p.soft_cap > 0) score = p.soft_cap * std::tanh(score / p.soft_cap);
     scores[i] = score * kLog2E;
-    top = std::max(top, scores[i]);
+    top = std::isnan(scores[i]) ? scores[i] : std::max(top, scores[i]);  // NaN stays: the result is NaN
   }
   if (top == kMinusInfinity) return;
   if (top > row.top) Decay(row, top, p.head_dim);

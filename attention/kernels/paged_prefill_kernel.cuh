@@ -4,8 +4,8 @@
 // A block has kRows rows of one request and KV head, row = token * group + head of the group, so that heads share what
 // is loaded of K and V (GQA packed on M). It walks the keys that any row attends in tiles of kKeys, copied by cp.async
 // a tile ahead of their use; page numbers are read further ahead. Each warp keeps its rows' scores, probabilities and
-// output in registers. Keys that are not there (behind the length, pages outside the pool) arrive as zeros and are
-// masked. Late tiles, which see most keys, have the lowest block numbers.
+// output in registers. Keys that are not there (before every window, behind the length, pages outside the pool) arrive
+// as zeros and are masked. Late tiles, which see most keys, have the lowest block numbers.
 #ifndef PRISTINE_ATTENTION_KERNELS_PAGED_PREFILL_KERNEL_CUH_
 #define PRISTINE_ATTENTION_KERNELS_PAGED_PREFILL_KERNEL_CUH_
 
@@ -50,7 +50,7 @@ struct Tiling {
   static constexpr int kPositionsAt = kMissingAt + kOffsetBuffers * 2 * 4;
   static constexpr int kBlockAt = kPositionsAt + kRows * 4;
   static constexpr int kSharedBytes = kBlockAt + 48;
-  static_assert(kSharedBytes <= 99 * 1024, "two blocks share a multiprocessor; and sm_86 and sm_89 have no more");
+  static_assert(kSharedBytes <= kPrefillMmaSharedBytes, "two blocks share a multiprocessor, too");
 };
 
 // Where 16-byte chunk `chunk` of a row lies in a tile of kTileRows rows, for both units' reads without bank conflicts:
@@ -111,7 +111,9 @@ __device__ __forceinline__ float Exp2(float x) {
 }
 // cap * tanh(x / cap), in base 2: `rate` is 2 * log2(e) / cap. Exact to about 1e-7 * cap, unlike tanh.approx.
 __device__ __forceinline__ float SoftCap(float x, float cap, float rate) {
-  return cap - __fdividef(2.0f * cap, 1.0f + Exp2(fminf(x * rate, 80.0f)));
+  float exponent;
+  asm("min.NaN.f32 %0, %1, 0f42A00000;" : "=f"(exponent) : "f"(x * rate));  // with 80; fminf would hide NaN
+  return cap - __fdividef(2.0f * cap, 1.0f + Exp2(exponent));
 }
 
 // Probabilities of keys [16 * step, 16 * step + 16) as an A operand.
@@ -161,7 +163,8 @@ struct Block {
   int32_t rows;         // of the tile
   int32_t kv_head;
   int32_t key_begin;  // a multiple of a tile of keys
-  int32_t key_end;    // no row attends positions from here on
+  int32_t key_first;  // no row attends positions before this one; their pages may be anything
+  int32_t key_end;    // nor from here on
   float scale;        // of scores, k_scale included
 };
 static_assert(sizeof(Block) <= 48);
@@ -175,14 +178,15 @@ __device__ __forceinline__ int64_t PlaceOf(const PagedPrefillParams& p, const Bl
 
 // Starts to copy the page number of `position` to `to`.
 __device__ __forceinline__ void CopyPage(const PagedKvView& kv, const Block& block, int32_t position, int32_t* to) {
-  if (position >= block.key_end) return;
+  if (position < block.key_first || position >= block.key_end) return;
   const uint32_t page = static_cast<uint32_t>(position) / static_cast<uint32_t>(kv.page_size);
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)),
                "l"(kv.pages + block.first_page + page));
 }
 // Elements from the start of the pool to `position`, which is in `page`; -1: nothing is there.
 __device__ __forceinline__ int64_t OffsetOf(const PagedKvView& kv, const Block& block, int32_t position, int32_t page) {
-  if (position >= block.key_end || page < 0 || page >= kv.num_pages) return -1;
+  if (position < block.key_first || position >= block.key_end) return -1;
+  if (page < 0 || page >= kv.num_pages) return -1;
   const uint32_t in_page = static_cast<uint32_t>(position) % static_cast<uint32_t>(kv.page_size);
   return page * kv.page_stride + static_cast<int64_t>(in_page) * kv.token_stride + block.kv_head * kv.head_stride;
 }
@@ -224,6 +228,7 @@ __global__ void __launch_bounds__(Tiling<T, KV, kHeadDim, kUnit>::kThreads, Tili
                   .rows = rows,
                   .kv_head = kv_head,
                   .key_begin = 0,
+                  .key_first = 0,
                   .key_end = 0,
                   .scale = p.kv.k_scale == nullptr ? p.scale : p.scale * *p.kv.k_scale};
     const int32_t chunk = thread % kChunks;
@@ -251,7 +256,10 @@ __global__ void __launch_bounds__(Tiling<T, KV, kHeadDim, kUnit>::kThreads, Tili
     if (thread < kRows) positions[thread] = position_of(thread);
     here.first_page = pages.first;
     here.key_end = max(0, position_of(rows - 1) + 1);  // <= length
-    if (p.window > 0) here.key_begin = max(0, position_of(0) + 1 - p.window) / kKeys * kKeys;
+    if (p.window > 0 && position_of(0) >= p.window) here.key_first = position_of(0) + 1 - p.window;
+    here.key_begin = here.key_first / kKeys * kKeys;
+    // Masked scores are -inf, which a scale of 0 (of underflow, too) would make NaN.
+    if (here.scale == 0) here.scale = 1.2e-38f;
     if (thread == 0) block = here;
   }
   __syncthreads();
@@ -346,7 +354,7 @@ __global__ void __launch_bounds__(Tiling<T, KV, kHeadDim, kUnit>::kThreads, Tili
     const int32_t begin = block.key_begin + t * kKeys;
     const int32_t lowest = positions[team_row];
     const int32_t highest = positions[team_row + Tiles::kTeam * 16 - 1];
-    if (team_works && begin <= highest && (p.window == 0 || begin + kKeys > lowest + 1 - p.window)) {
+    if (team_works && begin <= highest && (p.window == 0 || lowest - begin - (kKeys - 1) < p.window)) {
       const uint32_t k_tile = k_at + (Tiles::kConverts ? 0u : static_cast<uint32_t>(t & 1) * 2 * Tiles::kTileBytes);
       const uint32_t v_tile = k_tile + Tiles::kTileBytes;
       float scores[kTiles8][4];
@@ -390,7 +398,7 @@ __global__ void __launch_bounds__(Tiling<T, KV, kHeadDim, kUnit>::kThreads, Tili
         }
       }
       const int32_t buffer = t % kOffsetBuffers;
-      if (begin + kKeys - 1 > lowest || (p.window > 0 && begin <= highest - p.window) ||
+      if (begin + kKeys - 1 > lowest || (p.window > 0 && highest - begin >= p.window) ||
           (missing[buffer * 2] | (kKeys > 32 ? missing[buffer * 2 + 1] : 0u)) != 0) {
         const int32_t self = thread_again();
 #pragma unroll
@@ -400,7 +408,7 @@ __global__ void __launch_bounds__(Tiling<T, KV, kHeadDim, kUnit>::kThreads, Tili
             const int32_t column = j * 8 + self % 4 * 2 + e % 2, key = begin + column;
             const bool there = offsets[buffer * kKeys + column] >= 0;
             const int32_t at = positions[self / 32 * 16 + e / 2 * 8 + self % 32 / 4];
-            if (!there || key > at || (p.window > 0 && key <= at - p.window)) scores[j][e] = -INFINITY;
+            if (!there || key > at || (p.window > 0 && at - key >= p.window)) scores[j][e] = -INFINITY;
           }
         }
       }

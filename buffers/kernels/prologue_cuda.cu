@@ -171,15 +171,22 @@ __device__ __noinline__ void RunCarriedJudged(const PrologueParams& p, const std
   RunJudged(p, carried);
 }
 
+// Who waits for this grid may begin, and waits. From sm_90 on; before it, programmatic edges are plain ones.
+__device__ inline void LetDependentsBegin() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) PrologueKernel(const __grid_constant__ PrologueParams p) {
-  cudaTriggerProgrammaticLaunchCompletion();  // who waits for this grid may begin, and waits
+  LetDependentsBegin();
   RunJudged(p, nullptr);
 }
 
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     InlinePrologueKernel(const __grid_constant__ InlinePrologueParams<kBytes> p) {
-  cudaTriggerProgrammaticLaunchCompletion();
+  LetDependentsBegin();
   const SlotHeader& header = *reinterpret_cast<const SlotHeader*>(p.step);
   // Asked at once, and not one after the other: each may be a line of parameters that has to be fetched.
   const bool judged = (header.check != 0) | (header.slot >= 0) | p.base.judged;

@@ -236,8 +236,11 @@ TYPED_TEST(DecodePlanTest, WrongConfigurationsAreRefusedByName) {
   refused([](auto& c) { c.worst_row_tokens = 1 << 21; }, kInvalid, "worst_row_tokens is 2097152");
   refused([](auto& c) { c.rows_per_request = 0; }, kInvalid, "rows_per_request is 0");
   refused([](auto& c) { c.buckets = {{1 << 24, 1 << 24}}; }, kInvalid, "16777216 rows, must be at most 8192");
-  refused([](auto& c) { c.head_dim = 256, c.dtype = DType::kBFloat16, c.buckets = {{4097, 4097}}; }, kInvalid,
-          "4097 rows, must be at most 4096");
+  refused(
+      [](auto& c) {
+        c.head_dim = 256, c.dtype = DType::kBFloat16, c.buckets = {{4097, 4097}};
+      },
+      kInvalid, "4097 rows, must be at most 4096");
   refused(
       [](auto& c) {
         c.q_heads = 4096, c.kv_heads = 128, c.buckets = {{8192, 8192}};

@@ -33,6 +33,13 @@ constexpr DeviceCaps kH200 = {.backend = Backend::kCuda,
                               .cuda_runtime_version = 13000,
                               .cuda_driver_version = 13000,
                               .shared_bytes_per_block = 232448};
+constexpr DeviceCaps kSm86 = {.backend = Backend::kCuda,
+                              .sm_major = 8,
+                              .sm_minor = 6,
+                              .multiprocessors = 84,
+                              .cuda_runtime_version = 13000,
+                              .cuda_driver_version = 13000,
+                              .shared_bytes_per_block = 101376};
 constexpr DeviceCaps kHost = {};
 
 RouteConfig Llama(int32_t q_len, bool decode_draft_extend = false) {
@@ -201,6 +208,39 @@ TEST(Route, TakesWhatThereAreKernelsFor) {
   const absl::Span<const attention::PrefillVariant> variants = attention::PrefillVariants();
   EXPECT_EQ(context, std::count_if(variants.begin(), variants.end(),
                                    [](const attention::PrefillVariant& v) { return v.only_capability == 0; }));
+}
+
+// Every variant on a device whose blocks have the shared memory that it takes, and on one where not all have it.
+TEST(Route, VariantsThatTakeMoreSharedMemoryThanThereIsAreRefused) {
+  const auto shape = [](const auto& variant) {
+    RouteConfig config = Llama(1);
+    config.dtype = variant.dtype;
+    config.kv_dtype = variant.kv_dtype;
+    config.head_dim = variant.head_dim;
+    return config;
+  };
+  for (const attention::DecodeVariant& variant : attention::DecodeVariants()) {
+    SCOPED_TRACE(variant.decode.name);
+    EXPECT_EQ(*Route(ForwardMode::kDecode, kH200, shape(variant)), KernelFamily::kDecode);
+    const absl::StatusOr<KernelFamily> route = Route(ForwardMode::kDecode, kSm86, shape(variant));
+    if (variant.dtype == DType::kFloat32) {
+      EXPECT_OK(route);
+      continue;
+    }
+    ExpectRefused(
+        route, absl::StatusCode::kUnimplemented,
+        {"a block of compute capability 8.6", "has 101376 bytes of shared memory",
+         std::string(variant.head_dim <= 128 ? "needs 163840 for " : "needs 232448 for ") + variant.decode.name,
+         "instead: the context kernels"});
+  }
+  DeviceCaps less = kSm86;
+  less.shared_bytes_per_block = 48 * 1024;
+  for (const attention::PrefillVariant& variant : attention::PrefillVariants()) {
+    SCOPED_TRACE(variant.kernel.name);
+    EXPECT_EQ(*Route(ForwardMode::kExtend, kH200, shape(variant)), KernelFamily::kContext);
+    EXPECT_EQ(*Route(ForwardMode::kExtend, kSm86, shape(variant)), KernelFamily::kContext);
+    EXPECT_EQ(Route(ForwardMode::kExtend, less, shape(variant)).ok(), variant.dtype == DType::kFloat32);
+  }
 }
 
 TEST(Route, NamesOfModesAndFamilies) {

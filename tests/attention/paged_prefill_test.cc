@@ -136,6 +136,64 @@ TYPED_TEST(PagedPrefillTest, AWindowSeesItsLastTokensAlone) {
   }
 }
 
+// Engines free pages that every window has left: NaN in K and V, page numbers of no pool. The first key that a window
+// reaches stands anywhere in the kernels' tiles of keys.
+TYPED_TEST(PagedPrefillTest, WhatNoWindowReachesIsNotRead) {
+  for (const auto& [dtype, kv_dtype, head_dim] : {std::tuple{DType::kFloat32, DType::kFloat32, 64},
+                                                  {DType::kBFloat16, DType::kBFloat16, 64},
+                                                  {DType::kFloat16, DType::kFloat8E4M3, 128},
+                                                  {DType::kBFloat16, DType::kBFloat16, 256}}) {
+    if (head_dim > 64 && this->on_host()) continue;
+    for (const int32_t page_size : {1, 16}) {
+      for (const int32_t length : {200, 190, 129, 65}) {
+        PrefillShape shape = {.dtype = dtype, .kv_dtype = kv_dtype, .head_dim = head_dim, .window = 64, .seed = 720};
+        shape.page_size = page_size;
+        shape.block_table = length % 2 == 0;
+        const PrefillCase step(shape, {1, 3, 40}, {length, length, length});
+        for (const PrefillVariant* const variant : this->Runnable(shape)) {
+          ASSERT_OK(this->Prepare(step, {3, step.tokens()}, variant));
+          ASSERT_OK(this->rig_->Begin({3, step.tokens()}, step));
+          ASSERT_OK(this->rig_->RunEagerly({3, step.tokens()}, step));
+          ASSERT_EQ(this->rig_->Check({3, step.tokens()}, step), "") << variant->kernel.name << ", length " << length;
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(PagedPrefillTest, TheWidestWindowIsNone) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16}) {
+    PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = 4, .seed = 730};
+    shape.window = std::numeric_limits<int32_t>::max();
+    const PrefillCase step(shape, {9, 5, 150}, {3, 70, 100});  // more queries than tokens, too
+    for (const PrefillVariant* const variant : this->Runnable(shape)) {
+      ASSERT_OK(this->Prepare(step, {3, step.tokens()}, variant));
+      ASSERT_OK(this->rig_->Begin({3, step.tokens()}, step));
+      ASSERT_OK(this->rig_->RunEagerly({3, step.tokens()}, step));
+      EXPECT_EQ(this->rig_->Check({3, step.tokens()}, step), "") << variant->kernel.name;
+    }
+  }
+}
+
+// What is wrong with a query shows: it does not pass for one that attends nothing.
+TYPED_TEST(PagedPrefillTest, ANanQueryGivesNan) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const float soft_cap : {0.0f, 3.0f}) {
+      const PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = 4, .soft_cap = soft_cap, .seed = 740};
+      const PrefillCase step(shape, {2, 1}, {3, 80});
+      for (const PrefillVariant* const variant : this->Runnable(shape)) {
+        ASSERT_OK(this->Prepare(step, {2, 3}, variant));
+        ASSERT_OK(this->rig_->Begin({2, 3}, step));
+        const DeviceSpan<const std::byte> q = this->rig_->tensors.q;
+        ASSERT_OK(this->stream_->Fill({const_cast<std::byte*>(q.address()), q.size()}, std::byte{0xff}));
+        ASSERT_OK(this->rig_->RunEagerly({2, 3}, step));
+        for (const float x : this->rig_->out) ASSERT_TRUE(std::isnan(x)) << variant->kernel.name << ": " << x;
+        for (const float lse : this->rig_->lse) ASSERT_TRUE(std::isnan(lse)) << variant->kernel.name << ": " << lse;
+      }
+    }
+  }
+}
+
 TYPED_TEST(PagedPrefillTest, BlockTableAndLayoutDoNotChangeTheResult) {
   PrefillShape shape = {.dtype = DType::kBFloat16, .kv_dtype = DType::kBFloat16, .page_size = 16, .seed = 800};
   std::vector<std::byte> first;
@@ -166,6 +224,22 @@ TYPED_TEST(PagedPrefillTest, ScalesThatChangeUnderReplay) {
     ASSERT_OK(this->rig_->Begin(bucket, step));
     ASSERT_OK(this->rig_->Replay(bucket, step));
     EXPECT_EQ(this->rig_->Check(bucket, step), "") << scale;
+  }
+}
+
+// A scale that should not be, but often is where a calibration found nothing: everything weighs the same.
+TYPED_TEST(PagedPrefillTest, AScaleOfZeroIsAnAverage) {
+  PrefillShape shape = {.dtype = DType::kFloat16, .kv_dtype = DType::kFloat8E4M3, .page_size = 4, .seed = 815};
+  shape.k_scale = 0;
+  for (const float soft_cap : {0.0f, 3.0f}) {
+    shape.soft_cap = soft_cap;
+    const PrefillCase step(shape, {9, 2}, {30, 100});
+    for (const PrefillVariant* const variant : this->Runnable(shape)) {
+      ASSERT_OK(this->Prepare(step, {2, 11}, variant));
+      ASSERT_OK(this->rig_->Begin({2, 11}, step));
+      ASSERT_OK(this->rig_->RunEagerly({2, 11}, step));
+      EXPECT_EQ(this->rig_->Check({2, 11}, step), "") << variant->kernel.name;
+    }
   }
 }
 
@@ -379,6 +453,7 @@ TYPED_TEST(PagedPrefillTest, ConfigurationsThatCannotRunAreRefused) {
   };
   constexpr float kInfinite = std::numeric_limits<float>::infinity();
   refused([](auto& c) { c.kv_heads = 0; }, "kv_heads is 0");
+  refused([](auto& c) { c.q_heads = c.kv_heads = 65536; }, "kv_heads is 65536, must be 1 to 65535");
   refused([](auto& c) { c.q_heads = 3; }, "q_heads is 3");
   refused([](auto& c) { c.q_heads = 66; }, "q_heads is 66");
   refused([](auto& c) { c.page_size = 0; }, "page_size is 0");
@@ -397,6 +472,21 @@ TYPED_TEST(PagedPrefillTest, ConfigurationsThatCannotRunAreRefused) {
   missing([](auto& c) { c.head_dim = 96; }, "head_dim 96; there are float32 with float32 KV and head_dim 64");
   missing([](auto& c) { c.kv_dtype = DType::kFloat8E4M3; }, "float32 with float8_e4m3 KV");
   missing([](auto& c) { c.dtype = DType::kFloat16; }, "float16 with float32 KV");
+}
+
+// The largest page that a configuration may have, and buckets of more blocks than a grid has.
+TYPED_TEST(PagedPrefillTest, SizesThatOverflowAreRefused) {
+  constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
+  const PrefillCase step({.seed = 905}, {8}, {40});
+  ASSERT_OK(this->Prepare(step, {1, 8}));
+  EXPECT_STATUS(this->rig_->prefill().Run(*this->stream_, {kMost, 8}, this->rig_->tensors), kInvalidArgument,
+                "less than 2^31 (tokens + requests + 1) * q_heads");
+  EXPECT_STATUS(this->rig_->prefill().Run(*this->stream_, {1, kMost}, this->rig_->tensors), kInvalidArgument,
+                "less than 2^31 (tokens + requests + 1) * q_heads");
+  const PagedPrefillConfig large = {
+      .q_heads = 65535, .kv_heads = 65535, .head_dim = 256, .page_size = kMost, .scale = 0.125f};
+  ASSERT_OK_AND_ASSIGN(const auto prefill, PagedPrefill::Create(*this->device_, large));
+  EXPECT_STATUS(prefill->Run(*this->stream_, {1, 8}, this->rig_->tensors), kInvalidArgument, "q has");
 }
 
 TYPED_TEST(PagedPrefillTest, RunAllocatesNothing) {

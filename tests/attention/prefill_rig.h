@@ -74,9 +74,9 @@ inline std::vector<float> Decode(absl::Span<const std::byte> bytes, attention::D
   return values;
 }
 
-// Requests with queries, lengths, and a pool of scattered pages. Slots that belong to no token are NaN in K and V, but
-// for page 0, the dummy page, which is zeros. needles[r]: a position of request r whose key has at least half of the
-// mass of each query that sees it and whose value is its own; -1: none.
+// Requests with queries, lengths, and a pool of scattered pages. Slots that belong to no token, or to one that no
+// query's window reaches, are NaN in K and V, but for page 0, the dummy page, which is zeros. needles[r]: a position of
+// request r whose key has at least half of the mass of each query that sees it and whose value is its own; -1: none.
 class PrefillCase {
  public:
   PrefillCase(const PrefillShape& shape, const std::vector<int32_t>& qo_lens, const std::vector<int32_t>& lengths,
@@ -141,8 +141,8 @@ class PrefillCase {
     std::vector<float> pool(size_t{1} * num_pages_ * page * heads * dim, std::numeric_limits<float>::quiet_NaN());
     std::fill_n(pool.begin(), page * heads * dim, 0.0f);
     for (int32_t r = 0; r < requests(); ++r) {
-      const float* from = (values ? values_ : keys_)[r].data();
-      for (int32_t t = 0; t < lengths_[r]; ++t) {
+      const float* from = (values ? values_ : keys_)[r].data() + size_t{1} * FirstSeen(r) * heads * dim;
+      for (int32_t t = FirstSeen(r); t < lengths_[r]; ++t) {
         const int64_t first = int64_t{indices_[indptr_[r] + t / page]} * page * heads;
         for (int32_t h = 0; h < heads; ++h, from += dim) {
           const int64_t at = first + (nhd ? t % page * heads + h : h * page + t % page);
@@ -152,11 +152,19 @@ class PrefillCase {
     }
     return Encode(pool, shape_.kv_dtype);
   }
-  // [requests, width], with page numbers outside the pool behind each request's pages.
+  // The first position of request r that a window reaches, at most its length.
+  int32_t FirstSeen(int32_t r) const {
+    const int64_t queries = qo_indptr_[r + 1] - qo_indptr_[r];
+    const int64_t first = shape_.window > 0 ? lengths_[r] - queries + 1 - shape_.window : 0;
+    return static_cast<int32_t>(std::clamp<int64_t>(first, 0, lengths_[r]));
+  }
+  // [requests, width], with page numbers outside the pool behind each request's pages, and where no window reaches a
+  // page: an engine has freed it.
   std::vector<int32_t> BlockTable(int32_t rows, int32_t width) const {
     std::vector<int32_t> table(size_t{1} * rows * width, num_pages_ + 1000000);
     for (int32_t r = 0; r < requests(); ++r) {
       std::copy(indices_.begin() + indptr_[r], indices_.begin() + indptr_[r + 1], table.begin() + r * width);
+      std::fill_n(table.begin() + r * width, FirstSeen(r) / shape_.page_size, kFreedPage);
     }
     return table;
   }
@@ -170,7 +178,8 @@ class PrefillCase {
     const float* const query = &q_[(size_t{1} * token * shape_.q_heads + q_head) * dim];
     OracleRow row = {.out = std::vector<double>(dim, 0.0), .lse = -std::numeric_limits<double>::infinity()};
     std::vector<std::pair<double, const float*>> attended;
-    for (int32_t p = shape_.window > 0 ? std::max(0, position + 1 - shape_.window) : 0; p <= position; ++p) {
+    const int64_t seen = shape_.window > 0 ? int64_t{position} + 1 - shape_.window : 0;
+    for (int32_t p = static_cast<int32_t>(std::max<int64_t>(0, seen)); p <= position; ++p) {
       if (there && !there(p)) continue;
       const size_t at = (size_t{1} * p * shape_.kv_heads + kv_head) * dim;
       double score = 0;
@@ -201,6 +210,7 @@ class PrefillCase {
   }
 
  private:
+  static constexpr int32_t kFreedPage = 2147480000;
   static constexpr float kQueryTag = 4;  // element 0 of every query; keys have 0 there, needles a large number
 
   const PrefillShape shape_;

@@ -13,7 +13,9 @@ __device__ void SpinAndAdd(const SpinParams& params) {
 __global__ void Spin(SpinParams params) { SpinAndAdd(params); }
 
 __global__ void SpinEarly(SpinParams params) {
+#if __CUDA_ARCH__ >= 900  // before it, programmatic edges are plain ones
   cudaGridDependencySynchronize();
+#endif
   SpinAndAdd(params);
 }
 

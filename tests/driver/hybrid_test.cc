@@ -113,7 +113,7 @@ TEST_P(Hybrid, AWriteToSlotZeroIsReportedByName) {
 }
 
 TEST_P(Hybrid, WhatItDoesNotGoWithIsUsage) {
-  const DriverResult inject = Serve({"--inject=stale-plan"});
+  const DriverResult inject = Serve({"--inject=stale-plan", "--scheduler=host"});
   EXPECT_EQ(inject.code, ExitCode::kUsage);
   EXPECT_NE(inject.err.find("--inject=stale-plan with --model=hybrid: expected none"), std::string::npos) << inject.err;
   const DriverResult heads = Serve({"--gdn-qk-heads=2", "--gdn-v-heads=3"});

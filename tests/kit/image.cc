@@ -98,6 +98,14 @@ void StepImage::Put(std::vector<std::byte>& image, Layout::Name part, int64_t in
   Store(shape_.dtype, static_cast<float>(value), image.data() + layout_[part].offset + index * layout_[part].element);
 }
 
+bool StepImage::Attended(int32_t row, int32_t kv_head, int32_t position) const {
+  if (!shape_.attended) return true;
+  for (int32_t length = step_.lengths[row] - shape_.q_len + 1; length <= step_.lengths[row]; ++length) {
+    if (position < length && shape_.attended(length, kv_head, position)) return true;
+  }
+  return false;
+}
+
 std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
   // Outputs and gaps: NaN in every dtype, or large and finite.
   std::vector<std::byte> image(layout_.bytes(), poison == Poison::kNan ? std::byte{0xff} : std::byte{0x7a});
@@ -125,6 +133,9 @@ std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
           Put(image, Layout::kVNew, place, value);
           if (shape_.appends && !appended) continue;
         }
+        // What is not attended is poison, but for what the step itself stores there.
+        const bool stored = p >= first_new && shape_.appends;
+        if (!stored && !Attended(r, i / dim, p)) continue;
         Put(image, Layout::kK, step_.Slot(shape_, r, p) * kv_row + i, key);
         Put(image, Layout::kV, step_.Slot(shape_, r, p) * kv_row + i, value);
       }

@@ -51,6 +51,8 @@ class StepImage {
 
  private:
   enum What : uint64_t { kQuery, kKey, kValue };
+  // Whether any query of `row` attends `position`.
+  bool Attended(int32_t row, int32_t kv_head, int32_t position) const;
   double Value(What what, int32_t row, int32_t position, int32_t head, int32_t d) const;
   void Put(std::vector<std::byte>& image, Layout::Name part, int64_t index, double value) const;
 

@@ -58,6 +58,20 @@ TYPED_TEST(BrokenWrapperTest, MaskingByMultiplicationReadsPadding) {
   EXPECT_NE(report.ToString().find("under poison NaN and maximal"), std::string::npos) << report.ToString();
 }
 
+// Not behind the length: between tokens that are there and a window that has left them.
+TYPED_TEST(BrokenWrapperTest, MaskingByMultiplicationBeforeAWindowReadsPadding) {
+  for (const bool appends : {false, true}) {
+    const AttentionShape shape = {
+        .head_dim = 16,
+        .buckets = {1, 3, 6},
+        .appends = appends,
+        .attended = [](int32_t length, int32_t, int32_t position) { return position >= length - kNaiveWindow; }};
+    const Report right = this->Check(Fault::kNone, shape);
+    EXPECT_TRUE(right.findings.empty()) << right.ToString();
+    this->ExpectOnly(Finding::Kind::kReadsPadding, this->Check(Fault::kLeaksWindow, shape));
+  }
+}
+
 TYPED_TEST(BrokenWrapperTest, ATokenPastTheEndReadsPadding) {
   this->ExpectOnly(Finding::Kind::kReadsPadding, this->Check(Fault::kReadsOnePastEnd));
 }

@@ -20,6 +20,7 @@ enum class Fault : int32_t {
   kNone,
   // In the kernels.
   kLeaks,            // masks by multiplying with 0, which keeps NaN
+  kLeaksWindow,      // the same, before its window alone
   kReadsOnePastEnd,  // one token too many
   kHidesNan,         // the same, and drops scores that are NaN
   kLeavesPageTail,   // after a full page, the next entry of the page table, which nobody wrote
@@ -42,6 +43,8 @@ enum class Fault : int32_t {
   kRefusesNoRequests,
 };
 
+constexpr int32_t kNaiveWindow = 11;  // of shapes that say what is attended
+
 struct NaiveParams {
   const float *q, *k_new, *v_new;
   float *k, *v, *out, *lse;
@@ -49,6 +52,7 @@ struct NaiveParams {
   int32_t rows, q_heads, kv_heads, head_dim, page_size, max_pages;
   int64_t out_elements, pool_elements;  // for what is declared as written
   float scale;
+  int32_t window;  // positions attended; 0: all
   bool backwards;
   Fault fault;
 };
@@ -86,13 +90,14 @@ NAIVE_DEVICE inline void AttendHead(const NaiveParams& p, int32_t row, int32_t h
     return sum * p.scale;
   };
   float top = -INFINITY, sum = 0;
-  for (int32_t i = 0; i < end; ++i) {
+  const int32_t begin = p.window > 0 && length > p.window ? length - p.window : 0;  // windows are walked forwards
+  for (int32_t i = begin; i < end; ++i) {
     if (i < length || p.fault != Fault::kLeaks) top = fmaxf(top, score(at(i)));
   }
   for (int32_t d = 0; d < p.head_dim; ++d) out[d] = 0;
-  for (int32_t i = 0; i < end; ++i) {
+  for (int32_t i = p.fault == Fault::kLeaksWindow ? 0 : begin; i < end; ++i) {
     const int64_t offset = at(i);
-    const bool masked = p.fault == Fault::kLeaks && i >= length;
+    const bool masked = (p.fault == Fault::kLeaks && i >= length) || i < begin;
     if (p.fault == Fault::kHidesNan && std::isnan(score(offset))) continue;
     const float mass = masked ? 0 : expf(score(offset) - top);
     sum += mass;

@@ -84,6 +84,7 @@ class NaiveWrapper : public conformance::AttentionWrapper {
                           .out_elements = static_cast<int64_t>(t.out.size() / sizeof(float)),
                           .pool_elements = static_cast<int64_t>(t.k.size() / sizeof(float)),
                           .scale = 1 / std::sqrt(static_cast<float>(shape_.head_dim)),
+                          .window = shape_.attended ? kNaiveWindow : 0,
                           .backwards = fault_ == Fault::kCapturesOther && stream.capturing(),
                           .fault = fault_};
     if (fault_ == Fault::kRunsMaxRows) params.rows = shape_.max_requests();

@@ -338,7 +338,7 @@ TYPED_TEST(OurWrappersTest, TargetVerifyConforms) {
 TYPED_TEST(OurWrappersTest, AChainThatIsOffByOneIsAWrongValueOfAQuery) {
   // By this shape the wrapper's queries see a token too many.
   const auto not_itself = [](int32_t length, int32_t, int32_t position) { return position < length - 1; };
-  const AttentionShape shape = {.q_len = 2, .buckets = {2}, .attended = not_itself};
+  const AttentionShape shape = {.q_len = 2, .buckets = {2}, .appends = true, .attended = not_itself};
   ASSERT_OK_AND_ASSIGN(const auto wrapper, DecodeWrapper::Create(*this->device_, shape, 0));
   ASSERT_OK_AND_ASSIGN(const conformance::Report report, CheckAttention(*this->stream_, *wrapper, shape));
   ASSERT_EQ(report.findings.size(), 1u) << report.ToString();

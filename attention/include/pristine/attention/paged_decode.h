@@ -32,8 +32,8 @@ struct DecodeTensors {
   DeviceSpan<const int32_t> block_table =
       {};                                // [rows, block_table_stride] page numbers, instead of the two; needs lengths
   int64_t block_table_stride = 0;        // elements from row to row: the pages that a row can have
-  DeviceSpan<const float> k_scale = {};  // [1]; empty: 1
-  DeviceSpan<const float> v_scale = {};  // [1]; empty: 1
+  DeviceSpan<const float> k_scale = {};  // [1], > 0, read when the kernel runs; empty: 1
+  DeviceSpan<const float> v_scale = {};  // [1], likewise; empty: 1
   DeviceSpan<const float> sinks = {};    // [q_heads] logits, natural log; empty: none
 };
 
@@ -43,6 +43,8 @@ struct DecodeTensors {
 class PagedDecode {
  public:
   // `plan` must outlive this. `scale` > 0; 1 / sqrt(head_dim) is usual. Sets kernel attributes on the plan's device.
+  // INVALID_ARGUMENT: `scale`. UNIMPLEMENTED: built without CUDA, or a device whose blocks have less shared memory than
+  // the kernel needs (16-bit dtypes: 160 KiB, with head_dim 256 227 KiB).
   static absl::StatusOr<std::unique_ptr<PagedDecode>> Create(const DecodePlan& plan, float scale);
 
   // Queues one kernel (kDevice), or decode and merge (kHost). Captureable: grids follow from `bucket` and the device;

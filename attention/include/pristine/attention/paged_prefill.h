@@ -27,7 +27,7 @@ struct PrefillVariant;
 // What all layers that share a PagedPrefill agree in.
 struct PagedPrefillConfig {
   std::string name = "prefill";       // in messages
-  int32_t q_heads = 0, kv_heads = 0;  // q_heads = group * kv_heads, group in [1, 32]
+  int32_t q_heads = 0, kv_heads = 0;  // q_heads = group * kv_heads, group in [1, 32]; kv_heads at most 65535
   int32_t head_dim = 0;               // 64, 128 or 256
   DType dtype = DType::kFloat32;      // of q and out: float32, float16 or bfloat16
   DType kv_dtype = DType::kFloat32;   // of k and v: dtype, or float8_e4m3 beside float16 and bfloat16
@@ -46,7 +46,7 @@ struct PrefillTensors {
   DeviceSpan<const std::byte> v = {};          // the same shape
   DeviceSpan<std::byte> out = {};              // [tokens, q_heads, head_dim]; tokens behind qo_indptr's end: zeros
   DeviceSpan<LseBase2> lse = {};               // [tokens, q_heads]; tokens behind qo_indptr's end: -inf. May be empty
-  DeviceSpan<const float> k_scale = {};        // [1], read when the kernel runs. May be empty: 1
+  DeviceSpan<const float> k_scale = {};        // [1], > 0, read when the kernel runs. May be empty: 1
   DeviceSpan<const float> v_scale = {};        // [1], likewise
   DeviceSpan<const float> sinks = {};          // [q_heads] natural-log logits. May be empty: none
   DeviceSpan<const int32_t> qo_indptr = {};    // [requests + 1] tokens
@@ -65,15 +65,16 @@ class PagedPrefill {
  public:
   // `device` must outlive this. Sets kernel attributes on it: call before any capture. INVALID_ARGUMENT: a value
   // outside the ranges above. UNIMPLEMENTED: no kernel for head_dim, dtype and kv_dtype (the message lists those there
-  // are), or built without CUDA.
+  // are), built without CUDA, or a device whose blocks have less shared memory than the kernel needs.
   static absl::StatusOr<std::unique_ptr<PagedPrefill>> Create(Device& device, const PagedPrefillConfig& config);
   // For tests and benchmarks: `variant`, which must fit `config`, rather than the one that the device would get.
   static absl::StatusOr<std::unique_ptr<PagedPrefill>> Create(Device& device, const PagedPrefillConfig& config,
                                                               const PrefillVariant& variant);
 
   // Queues one kernel (none where bucket.tokens is 0). Captureable: allocates nothing, reads no host memory, does not
-  // block. INVALID_ARGUMENT: a stream of another device, a bucket without requests or with 2^31 tokens * q_heads, a
-  // tensor too small for `bucket` or not aligned (name, size, need), both or neither kind of page table.
+  // block. INVALID_ARGUMENT: a stream of another device, a bucket without requests or with 2^31
+  // (tokens + requests + 1) * q_heads, a tensor too small for `bucket` or not aligned (name, size, need), both or
+  // neither kind of page table.
   absl::Status Run(Stream& stream, const Extent& bucket, const PrefillTensors& tensors) const;
 
   const PagedPrefillConfig& config() const { return config_; }

@@ -53,7 +53,8 @@ struct AttentionShape {
   // Run stores k_new and v_new at the step's slots before it attends. Otherwise it finds them stored.
   bool appends = false;
   // Whether the newest token of a request of `length` attends `position`: a window, a sparse selection. Null: all. Each
-  // of several queries is asked for as if it were the newest: query i of a request for length - q_len + 1 + i.
+  // of several queries is asked for as if it were the newest: query i of a request for length - q_len + 1 + i. K and V
+  // of positions that none of them attends are poison.
   std::function<bool(int32_t length, int32_t kv_head, int32_t position)> attended = nullptr;
   int32_t steps_in_flight = 2;  // Prepare may be called while this many - 1 earlier steps have not run yet
   uint64_t seed = 1;            // of values, pages and random lengths
