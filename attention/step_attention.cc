@@ -44,8 +44,10 @@ absl::Status StepAttention::CreateDecode(BufferManager& manager) {
   plan.head_dim = route.head_dim;
   plan.dtype = route.dtype;
   plan.kv_dtype = route.kv_dtype;
+  plan.layout = config_.layout;
   plan.page_size = route.page_size;
   plan.window = config_.window;
+  plan.soft_cap = config_.soft_cap;
   plan.max_row_tokens = metadata_.config().max_length;
   plan.worst_row_tokens = metadata_.config().worst_length;
   plan.derived_from = {metadata_.lengths().id};
@@ -68,9 +70,11 @@ absl::Status StepAttention::CreateContext(BufferManager& manager) {
   context.head_dim = route.head_dim;
   context.dtype = route.dtype;
   context.kv_dtype = route.kv_dtype;
+  context.layout = config_.layout;
   context.page_size = route.page_size;
   context.window = config_.window;
   context.scale = config_.scale;
+  context.soft_cap = config_.soft_cap;
   PRISTINE_ASSIGN_OR_RETURN(context_, PagedPrefill::Create(manager.device(), context));
   return absl::OkStatus();
 }
@@ -101,6 +105,9 @@ absl::Status StepAttention::Run(Stream& stream, const Extent& bucket, const Step
     decode.v = tensors.v;
     decode.out = tensors.out;
     decode.lse = tensors.lse;
+    decode.k_scale = tensors.k_scale;
+    decode.v_scale = tensors.v_scale;
+    decode.sinks = tensors.sinks;
     decode.kv_indptr = metadata_.kv_indptr().live;
     decode.kv_indices = metadata_.kv_indices().live;
     decode.lengths = metadata_.lengths().live;
@@ -113,6 +120,9 @@ absl::Status StepAttention::Run(Stream& stream, const Extent& bucket, const Step
   context.v = tensors.v;
   context.out = tensors.out;
   context.lse = tensors.lse;
+  context.k_scale = tensors.k_scale;
+  context.v_scale = tensors.v_scale;
+  context.sinks = tensors.sinks;
   context.qo_indptr = metadata_.qo_indptr().live;
   context.kv_indptr = metadata_.kv_indptr().live;
   context.kv_indices = metadata_.kv_indices().live;

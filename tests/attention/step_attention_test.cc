@@ -1,13 +1,16 @@
-// Which kernels a captured graph has for each forward mode, and what StepAttention refuses.
+// Which kernels a captured graph has for each forward mode, what they compute, and what StepAttention refuses.
 #include "pristine/attention/step_attention.h"
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "pristine/graph_runtime/graph.h"
+#include "pristine/graph_runtime/graph_runner.h"
+#include "tests/attention/prefill_rig.h"
 #include "tests/support/backends.h"
 #include "tests/support/status_matchers.h"
 
@@ -17,9 +20,11 @@ namespace {
 using attention::DType;
 using attention::ForwardMode;
 using attention::KernelFamily;
+using attention::KvLayout;
 using attention::LseBase2;
 using attention::StepAttention;
 using attention::StepAttentionConfig;
+using attention::StepAttentionTensors;
 using attention::StepMetadata;
 using attention::StepMetadataConfig;
 using attention::StepValues;
@@ -108,6 +113,100 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     ASSERT_EQ(names.size(), count);
     EXPECT_EQ(names.front().substr(0, first.size()), first);
   }
+  // Eagerly and replayed, `config` over float8 KV in HND with a soft cap, sinks, and scales that differ from step to
+  // step gives what the definition says.
+  void ExpectAttention(StepAttentionConfig config, const std::vector<int32_t>& qo_lens) {
+    config.route.kv_dtype = DType::kFloat8E4M3;
+    config.layout = KvLayout::kHND;
+    config.soft_cap = 3;
+    const Extent bucket = config.buckets.front();
+    ASSERT_OK_AND_ASSIGN(const auto attention, StepAttention::Create(*manager_, *metadata_, config));
+    const size_t q_bytes = size_t{1} * bucket.tokens * kHeads * kHeadDim * sizeof(uint16_t);
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer q, this->device_->Allocate(q_bytes, "q"));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer k, this->device_->Allocate(kPages * kPageSize * kKvHeads * kHeadDim, "k"));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer v, this->device_->Allocate(k.bytes(), "v"));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer out, this->device_->Allocate(q_bytes, "out"));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer lse, this->device_->Allocate(4 * bucket.tokens * kHeads, "lse"));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer scales, this->device_->Allocate(2 * sizeof(float), "scales"));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer sinks, this->device_->Allocate(kHeads * sizeof(float), "sinks"));
+    const StepAttentionTensors tensors = {.q = q.As<const std::byte>(),
+                                          .k = k.As<const std::byte>(),
+                                          .v = v.As<const std::byte>(),
+                                          .out = out.As<std::byte>(),
+                                          .lse = lse.As<LseBase2>(),
+                                          .k_scale = scales.As<const float>().Sub(0, 1),
+                                          .v_scale = scales.As<const float>().Sub(1, 1),
+                                          .sinks = sinks.As<const float>()};
+    ASSERT_OK_AND_ASSIGN(const auto runner,
+                         GraphRunner::Create({.buckets = config.buckets}, [&](Stream& stream, const Extent& of) {
+                           return attention->Run(stream, of, tensors);
+                         }));
+    ASSERT_OK(runner->AddHook(*manager_));
+    ASSERT_OK(manager_->Seal());
+    for (const DeviceBuffer* const buffer : {&q, &k, &v, &sinks}) {
+      ASSERT_OK(this->stream_->Fill(buffer->template As<std::byte>(), std::byte{0}));
+    }
+    ASSERT_OK(Upload(*this->stream_, scales.As<float>(), {1, 1}));
+    ASSERT_OK(runner->CaptureAll(*this->stream_));
+
+    for (const float k_scale : {0.75f, 2.0f, 0.5f}) {
+      const PrefillCase step({.dtype = config.route.dtype,
+                              .kv_dtype = config.route.kv_dtype,
+                              .q_heads = kHeads,
+                              .kv_heads = kKvHeads,
+                              .head_dim = kHeadDim,
+                              .page_size = kPageSize,
+                              .layout = config.layout,
+                              .soft_cap = config.soft_cap,
+                              .sinks = true,
+                              .k_scale = k_scale,
+                              .v_scale = 1.5f / k_scale,
+                              .seed = 7},
+                             qo_lens, {46, qo_lens[1], 21});
+      const std::vector<int32_t> tokens(step.tokens(), 0);
+      const StepValues values = {.lengths = step.lengths(),
+                                 .kv_indptr = step.indptr(),
+                                 .kv_indices = step.indices(),
+                                 .slots = tokens,
+                                 .positions = tokens,
+                                 .qo_indptr = step.qo_indptr()};
+      const Extent extent = {step.requests(), step.tokens()};
+      for (const DeviceBuffer* const buffer : {&q, &k, &v}) {
+        ASSERT_OK(this->stream_->Fill(buffer->template As<std::byte>(), std::byte{0xff}));
+      }
+      ASSERT_OK(Upload(*this->stream_, q.As<std::byte>(), step.Q()));
+      ASSERT_OK(Upload(*this->stream_, k.As<std::byte>(), step.Pool(false)));
+      ASSERT_OK(Upload(*this->stream_, v.As<std::byte>(), step.Pool(true)));
+      ASSERT_OK(Upload(*this->stream_, scales.As<float>(), {step.shape().k_scale, step.shape().v_scale}));
+      ASSERT_OK(Upload(*this->stream_, sinks.As<float>(), step.sinks()));
+      for (const bool replay : {false, true}) {
+        SCOPED_TRACE(absl::StrCat(replay ? "replay" : "eager", ", k_scale ", k_scale));
+        ASSERT_OK(this->stream_->Fill(out.As<std::byte>(), std::byte{0xff}));
+        ASSERT_OK(this->stream_->Fill(lse.As<std::byte>(), std::byte{0xff}));
+        ASSERT_OK(manager_->BeginStep(bucket, extent));
+        ASSERT_OK(metadata_->Refill(values));
+        ASSERT_OK(attention->Plan(bucket, values));
+        if (replay) {
+          ASSERT_OK(runner->Replay(*this->stream_, bucket, extent));
+        } else {
+          ASSERT_OK(manager_->BeforeReplay(*this->stream_, bucket, extent));
+          ASSERT_OK(manager_->RecordPrologue(*this->stream_, bucket));
+          ASSERT_OK(attention->Run(*this->stream_, bucket, tensors));
+        }
+        ASSERT_OK_AND_ASSIGN(const std::vector<std::byte> out_bytes,
+                             Download(*this->stream_, out.As<const std::byte>()));
+        ASSERT_OK_AND_ASSIGN(const std::vector<float> lses, Download(*this->stream_, lse.As<const float>()));
+        const std::vector<float> outs = ToFloats(out_bytes, config.route.dtype);
+        for (int32_t place = 0; place < bucket.tokens * kHeads; ++place) {
+          OracleRow expected = {.out = std::vector<double>(kHeadDim, 0.0),
+                                .lse = -std::numeric_limits<double>::infinity()};
+          if (place < step.tokens() * kHeads) expected = step.Expected(place / kHeads, place % kHeads);
+          ASSERT_EQ(Difference(expected, &outs[place * kHeadDim], lses[place], step.Tolerance()), "")
+              << "token " << place / kHeads << ", head " << place % kHeads;
+        }
+      }
+    }
+  }
   absl::Status Create(const StepAttentionConfig& config) {
     return StepAttention::Create(*manager_, *metadata_, config).status();
   }
@@ -139,6 +238,32 @@ TYPED_TEST(StepAttentionTest, PlannedOnTheHostDecodeIsFollowedByItsMerge) {
   ASSERT_EQ(names.size(), 2u);
   EXPECT_EQ(names[0].rfind("target_verify_bfloat16", 0), 0u) << names[0];
   EXPECT_EQ(names[1].rfind("merge_states", 0), 0u) << names[1];
+}
+
+TYPED_TEST(StepAttentionTest, DecodeHasEveryOptionOfItsKernels) {
+  this->ExpectAttention(this->Config(ForwardMode::kDecode, 1), {1, 1, 1});
+}
+
+TYPED_TEST(StepAttentionTest, TargetVerifyHasEveryOptionOfItsKernels) {
+  this->ExpectAttention(this->Config(ForwardMode::kTargetVerify, 4), {4, 4, 4});
+}
+
+TYPED_TEST(StepAttentionTest, TargetVerifyPlannedOnTheHostHasEveryOptionOfItsKernels) {
+  StepAttentionConfig config = this->Config(ForwardMode::kTargetVerify, 4);
+  config.scheduler = attention::DecodeScheduler::kHost;
+  this->ExpectAttention(config, {4, 4, 4});
+}
+
+TYPED_TEST(StepAttentionTest, ExtendHasEveryOptionOfItsKernels) {
+  this->ExpectAttention(this->Config(ForwardMode::kExtend, 0), {5, 9, 3});
+}
+
+TYPED_TEST(StepAttentionTest, DraftExtendHasEveryOptionOfItsKernels) {
+  this->ExpectAttention(this->Config(ForwardMode::kDraftExtend, 0), {2, 4, 1});
+}
+
+TYPED_TEST(StepAttentionTest, AFixedDraftExtendHasEveryOptionOfTheDecodeKernels) {
+  this->ExpectAttention(this->Config(ForwardMode::kDraftExtend, 5, true), {5, 5, 5});
 }
 
 TYPED_TEST(StepAttentionTest, AnIdleStepLaunchesNothingAndIsOk) {
@@ -204,6 +329,11 @@ TYPED_TEST(StepAttentionTest, WhatDoesNotFitTogetherIsRefusedAndLeavesNothingReg
   config = this->Config(ForwardMode::kDecode, 1);
   config.scale = -1;
   EXPECT_STATUS(this->Create(config), kInvalidArgument, "scale");
+  for (const ForwardMode mode : {ForwardMode::kDecode, ForwardMode::kExtend}) {
+    config = this->Config(mode, 1);
+    config.soft_cap = -1;
+    EXPECT_STATUS(this->Create(config), kInvalidArgument, "soft_cap is -1");
+  }
   EXPECT_EQ(this->manager_->registered(), registered);
   const std::unique_ptr<StepMetadata> uniform = this->Metadata("uniform", false);
   EXPECT_STATUS(StepAttention::Create(*this->manager_, *uniform, this->Config(ForwardMode::kExtend, 0)),

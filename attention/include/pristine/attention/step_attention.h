@@ -32,18 +32,24 @@ struct StepAttentionConfig {
   ForwardMode mode = ForwardMode::kDecode;
   RouteConfig route;                 // page_size is the metadata's
   std::vector<Extent> buckets = {};  // of the mode's graphs; with a q_len, tokens = requests * q_len
+  KvLayout layout = KvLayout::kNHD;  // of k and v
   int32_t window = 0;                // last positions that a query attends, its own included; 0: all
   float scale = 0;                   // of scores, > 0; 1 / sqrt(head_dim) is usual
+  float soft_cap = 0;                // of scaled scores: s becomes soft_cap * tanh(s / soft_cap); 0: none
   DecodeScheduler scheduler = DecodeScheduler::kDevice;  // where the decode kernels run
 };
 
-// Device memory of one call; `tokens` is the bucket's. Tokens behind the step's real ones: zeros and -inf.
+// Device memory of one call; `tokens` is the bucket's. What is on the device may change from replay to replay;
+// addresses may not. Tokens behind the step's real ones, and those that attend nothing, sinks or not: zeros and -inf.
 struct StepAttentionTensors {
-  DeviceSpan<const std::byte> q = {};  // [tokens, q_heads, head_dim]
-  DeviceSpan<const std::byte> k = {};  // [num_pages, page_size, kv_heads, head_dim] (NHD)
-  DeviceSpan<const std::byte> v = {};  // the same shape
-  DeviceSpan<std::byte> out = {};      // [tokens, q_heads, head_dim]
-  DeviceSpan<LseBase2> lse = {};       // [tokens, q_heads]. May be empty
+  DeviceSpan<const std::byte> q = {};    // [tokens, q_heads, head_dim] in route.dtype
+  DeviceSpan<const std::byte> k = {};    // [num_pages, …] in route.kv_dtype and layout
+  DeviceSpan<const std::byte> v = {};    // the same shape
+  DeviceSpan<std::byte> out = {};        // [tokens, q_heads, head_dim] in route.dtype
+  DeviceSpan<LseBase2> lse = {};         // [tokens, q_heads]. May be empty
+  DeviceSpan<const float> k_scale = {};  // [1], > 0, read when the kernel runs; empty: 1
+  DeviceSpan<const float> v_scale = {};  // [1], likewise; empty: 1
+  DeviceSpan<const float> sinks = {};    // [q_heads] logits, natural log; empty: none
 };
 
 // Reads lengths, kv_indptr, kv_indices and, where requests may differ, qo_indptr of the metadata. Not thread-safe.
