@@ -312,6 +312,26 @@ TYPED_TEST(DecodeFeaturesTest, UnevenBatchesAreCutUpRight) {
   }
 }
 
+// What a block needs grows with the rows: the largest batch that a plan accepts can be launched, too.
+TYPED_TEST(DecodeFeaturesTest, TheMostRowsOfABatchAreLaunched) {
+  for (const DType kv_dtype : {DType::kBFloat16, DType::kFloat8E4M3}) {
+    for (const int32_t head_dim : {64, 128, 256}) {
+      if (this->OnHost() && (head_dim == 64) != (kv_dtype == DType::kBFloat16)) continue;
+      const DecodeShape shape = {.dtype = DType::kBFloat16,
+                                 .q_heads = 1,
+                                 .kv_heads = 1,
+                                 .head_dim = head_dim,
+                                 .page_size = 16,
+                                 .seed = 905,
+                                 .kv_dtype = kv_dtype};
+      const int32_t rows = attention::DecodeMaxRows(head_dim);
+      std::vector<int32_t> lengths(rows), needles(rows, -1);
+      lengths[0] = 40, lengths[rows / 2] = 130, lengths[rows - 1] = 17;
+      EXPECT_EQ(this->Run(DecodeCase(shape, lengths, needles), rows, {.max_length = 160}), "") << shape.ToString();
+    }
+  }
+}
+
 TYPED_TEST(DecodeFeaturesTest, EagerCapturedAndReplayedVerifyAreBitEqual) {
   const DecodeShape shape = {.dtype = DType::kBFloat16, .page_size = 16, .seed = 910, .q_len = 3};
   const std::vector<int32_t> lengths = {300, 2, 17, 512};

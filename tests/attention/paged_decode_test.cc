@@ -482,6 +482,7 @@ TEST(DecodeVariants, EachIsFoundByWhatItIs) {
   for (const DecodeVariant& variant : attention::DecodeVariants()) {
     EXPECT_EQ(attention::FindDecodeVariant(variant.dtype, variant.kv_dtype, variant.head_dim), &variant);
     EXPECT_STRNE(variant.decode.name, variant.verify.name);
+    EXPECT_LE(variant.shared_bytes, 227 * 1024) << variant.decode.name << ": more than a block of sm_90 has";
   }
   EXPECT_EQ(attention::FindDecodeVariant(DType::kFloat32, DType::kFloat32, 96), nullptr);
   EXPECT_EQ(attention::FindDecodeVariant(DType::kFloat32, DType::kFloat8E4M3, 64), nullptr);
