@@ -1,0 +1,348 @@
+// One tile in a warp: K and V stream into its ring of cp.async stages, the queries lie beside it, and products on
+// tensor cores with an online softmax between them gather what the warp's tokens add.
+#ifndef PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_TILES_CUH_
+#define PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_TILES_CUH_
+
+#include <cuda_runtime.h>
+#include <math_constants.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "attention/kernels/mma_sm80.cuh"
+#include "attention/kernels/paged_decode.h"
+#include "attention/kernels/paged_decode_schedule.cuh"
+
+namespace pristine::attention {
+namespace decode_mma {
+
+// Rows of 16-byte chunks without bank conflicts for ldmatrix: eight rows at one chunk meet eight different bank groups.
+template <int kChunks>
+__device__ inline int Swizzle(int row, int chunk) {
+  if constexpr (kChunks >= 8) return row * kChunks + (chunk ^ (row & 7));
+  return row * kChunks + (chunk ^ ((row >> 1) & 3));
+}
+
+// Streams a warp's tokens into its ring, tile after tile, across pieces.
+template <class S, class Kv>
+class Loader {
+ public:
+  __device__ Loader(const PagedDecodeParams& p, unsigned ring, unsigned* attended)
+      : p_(p), ring_(ring), attended_(attended) {
+    page_shift_ = (p.kv.page_size & (p.kv.page_size - 1)) == 0 ? 31 - __clz(p.kv.page_size) : -1;
+  }
+  __device__ void Start(const Piece& piece) {
+    pages_ = piece.pages;
+    low_ = piece.low;
+    high_ = piece.high;
+    position_ = piece.tile * S::kTile + threadIdx.x / 32 * S::kTokens;
+    left_ = piece.tiles;
+    head_ = piece.kv_head * p_.kv.head_stride;
+    LookUp();
+  }
+  __device__ int left() const { return left_; }
+
+  // Queues the tile whose pages were looked up, and looks up the next one's.
+  __device__ void Load(int stage) {
+    const int lane = threadIdx.x % 32;
+    const bool valid = page_ >= 0 && page_ < p_.kv.num_pages;
+    const unsigned attended = __ballot_sync(kAllLanes, valid) & S::kAll;
+    if (lane == 0) attended_[stage] = attended;
+    const long long own = (page_ * p_.kv.page_stride + in_page_ * p_.kv.token_stride + head_) * int{sizeof(Kv)};
+    const char* const k = static_cast<const char*>(p_.kv.k);
+    const long long k_to_v = static_cast<const char*>(p_.kv.v) - k;
+    constexpr int kRowsAtOnce = 32 / S::kChunks;
+    const int chunk = lane % S::kChunks;
+    const unsigned to = ring_ + stage * 2 * S::kHalfStage;
+    const bool one_page = p_.kv.page_size % 16 == 0;
+    const long long stride = p_.kv.token_stride * int{sizeof(Kv)};
+#pragma unroll
+    for (int half = 0; half < S::kTokens; half += 16) {
+      // Where pages are multiples of 16 tokens, 16 tokens are in one page and a stride apart; any of them tells where.
+      const int known = max(__ffs(attended >> half & 0xffffu) - 1, 0) + half;
+      const long long anchor = one_page ? __shfl_sync(kAllLanes, own, known) - known * stride : 0;
+#pragma unroll
+      for (int i = half; i < half + 16; i += kRowsAtOnce) {
+        const int row = i + lane / S::kChunks;
+        const bool takes = attended >> row & 1;
+        const long long from = one_page ? anchor + row * stride : __shfl_sync(kAllLanes, own, row);
+        const char* const at = k + (takes ? from + chunk * 16 : 0);
+        const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
+        CopyAsync(place, at, takes);
+        CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
+      }
+    }
+    position_ += S::kTile;
+    if (--left_ > 0) LookUp();
+  }
+
+ private:
+  // The page of this lane's token of the next tile; -1 where there is none to look at. It is not used before the next
+  // tile is loaded, so nobody waits for it.
+  __device__ void LookUp() {
+    const int position = position_ + threadIdx.x % S::kTokens;
+    page_ = -1;
+    if (position < low_ || position >= high_) return;
+    if (page_shift_ >= 0) {
+      page_ = pages_[position >> page_shift_];
+      in_page_ = position & (p_.kv.page_size - 1);
+    } else {
+      const int page = position / p_.kv.page_size;
+      page_ = pages_[page];
+      in_page_ = position - page * p_.kv.page_size;
+    }
+  }
+
+  const PagedDecodeParams& p_;
+  const unsigned ring_;
+  unsigned* const attended_;
+  int page_shift_;
+  const int32_t* pages_;
+  long long head_;
+  int low_, high_, position_, page_ = -1, in_page_ = 0, left_ = 0;
+};
+
+// The queries of a piece, [kRows, kHeadDim] in 16 bit and swizzled. For KV in 8 bits they become float16, each row
+// divided by a power of two that keeps it in range, and each 16 elements in the order in which the loads of K bring
+// theirs.
+template <class T, class Kv, int kHeadDim, int kMTiles>
+__device__ inline void LoadQueries(const PagedDecodeParams& p, const Piece& piece, unsigned char* shared,
+                                   Small& small) {
+  constexpr int kVecs = kHeadDim / 64;  // 16-byte vectors of a thread; eight threads share a row
+  const int group = p.q_heads / p.kv.kv_heads;
+  const int rows = group * p.q_len;
+#pragma unroll
+  for (int tile = 0; tile < kMTiles; ++tile) {
+    const int place = tile * 16 + threadIdx.x / 8;
+    const int m = piece.first_m + place;
+    uint4 x[kVecs];
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) x[i] = {0, 0, 0, 0};
+    if (m < rows) {
+      const long long head =
+          (static_cast<long long>(piece.row) * p.q_len + m / group) * p.q_heads + piece.kv_head * group + m % group;
+      const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.q) + head * kHeadDim);
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) x[i] = from[i * 8 + threadIdx.x % 8];
+    }
+    if constexpr (sizeof(Kv) == 1) {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        float most = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kVecs; ++i) {
+          for (const unsigned pair : {x[i].x, x[i].y, x[i].z, x[i].w}) {
+            const float2 both = UnpackPair(T{}, pair);
+            most = fmaxf(most, fmaxf(fabsf(both.x), fabsf(both.y)));
+          }
+        }
+#pragma unroll
+        for (int step = 1; step < 8; step *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
+        // 2^e <= most < 2^(e + 1)
+        const unsigned exponent = min(max(__float_as_uint(most) >> 23, 1u), 253u);
+        const float factor = __uint_as_float(exponent << 23);
+        const float inverse = __uint_as_float((254u - exponent) << 23);
+#pragma unroll
+        for (int i = 0; i < kVecs; ++i) {
+          const auto convert = [inverse](unsigned& pair) {
+            const float2 both = UnpackPair(T{}, pair);
+            pair = PackPair(Float16{}, both.x * inverse, both.y * inverse);
+          };
+          convert(x[i].x), convert(x[i].y), convert(x[i].z), convert(x[i].w);
+        }
+        if (threadIdx.x % 8 == 0) small.query_factor[place] = factor;
+      } else {
+        if (threadIdx.x % 8 == 0) small.query_factor[place] = 1.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        const int vec = i * 8 + threadIdx.x % 8;
+        const int block = vec / 2 * 2, at = vec % 2 * 8;
+        *reinterpret_cast<uint2*>(shared + Swizzle<kHeadDim / 8>(place, block) * 16 + at) = {x[i].x, x[i].z};
+        *reinterpret_cast<uint2*>(shared + Swizzle<kHeadDim / 8>(place, block + 1) * 16 + at) = {x[i].y, x[i].w};
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        *reinterpret_cast<uint4*>(shared + Swizzle<kHeadDim / 8>(place, i * 8 + threadIdx.x % 8) * 16) = x[i];
+      }
+    }
+  }
+}
+
+// What a warp has gathered of a piece: m16n8 accumulators. Element e of accumulator n, m-tile t, belongs to row
+// 16 t + lane / 4 + 8 * (e / 2) and dimension DimOf(n, e).
+template <class T, class Kv, int kHeadDim, int kMTiles>
+struct State {
+  using S = Shape<Kv, kHeadDim, kMTiles>;
+  using Math = std::conditional_t<sizeof(Kv) == 1, Float16, T>;  // what is multiplied
+  static constexpr int kColumns = kHeadDim / 8;
+
+  float sum[kMTiles][kColumns][4];
+  float top[kMTiles][2], mass[kMTiles][2];  // mass: of this lane's columns
+
+  __device__ static int DimOf(int n, int e) {
+    const int pair = threadIdx.x % 4;
+    if constexpr (sizeof(Kv) == 1) return n / 2 * 16 + pair * 4 + e % 2 * 2 + n % 2;
+    return n * 8 + pair * 2 + e % 2;
+  }
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) top[t][h] = -CUDART_INF_F, mass[t][h] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[t][n][e] = 0.0f;
+      }
+    }
+  }
+
+  __device__ static void Scores(unsigned queries, unsigned k, float (&score)[kMTiles][S::kTokens / 8][4]) {
+    const int lane = threadIdx.x % 32;
+    const int matrix = lane / 8;
+    const int query_row = matrix % 2 * 8 + lane % 8;
+    const int token = matrix / 2 * 8 + lane % 8;
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < S::kTokens / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) score[t][n][e] = 0.0f;
+      }
+    }
+    // Sixteen dimensions of all tokens: b[i] are tokens 16 i … 16 i + 15.
+    const auto multiply = [&](int step, const auto& b) {
+#pragma unroll
+      for (int t = 0; t < kMTiles; ++t) {
+        unsigned a[4];
+        LoadMatrices(queries + Swizzle<kHeadDim / 8>(t * 16 + query_row, 2 * step + matrix / 2) * 16, a);
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          Multiply(Math{}, score[t][2 * i], a, b[i][0], b[i][1]);
+          Multiply(Math{}, score[t][2 * i + 1], a, b[i][2], b[i][3]);
+        }
+      }
+    };
+    if constexpr (sizeof(Kv) == 1) {
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; step += 2) {
+        unsigned even[S::kTokens / 16][4], odd[S::kTokens / 16][4];
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          unsigned b[4];
+          LoadMatrices(k + Swizzle<S::kChunks>(16 * i + token, step + matrix % 2) * 16, b);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            even[i][2 * j] = WidenPair(b[2 * j]);
+            even[i][2 * j + 1] = WidenPair(b[2 * j] >> 16);
+            odd[i][2 * j] = WidenPair(b[2 * j + 1]);
+            odd[i][2 * j + 1] = WidenPair(b[2 * j + 1] >> 16);
+          }
+        }
+        multiply(step, even);
+        multiply(step + 1, odd);
+      }
+    } else {
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        unsigned b[S::kTokens / 16][4];
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 16; ++i) {
+          LoadMatrices(k + Swizzle<S::kChunks>(16 * i + token, 2 * step + matrix % 2) * 16, b[i]);
+        }
+        multiply(step, b);
+      }
+    }
+  }
+
+  // Scores become weights relative to the top so far, which may rise.
+  __device__ void Soften(float (&score)[kMTiles][S::kTokens / 8][4]) {
+    float decay[kMTiles][2];
+    bool rises = false;
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float most = fmaxf(score[t][0][2 * h], score[t][0][2 * h + 1]);
+#pragma unroll
+        for (int n = 1; n < S::kTokens / 8; ++n) {
+          most = fmaxf(most, fmaxf(score[t][n][2 * h], score[t][n][2 * h + 1]));
+        }
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+        most = fmaxf(most, top[t][h]);
+        const float safe = most == -CUDART_INF_F ? 0.0f : most;
+        rises |= most > top[t][h];
+        decay[t][h] = Exp2(top[t][h] - safe);
+        top[t][h] = most;
+        float gained = 0.0f;
+#pragma unroll
+        for (int n = 0; n < S::kTokens / 8; ++n) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            score[t][n][e] = Exp2(score[t][n][e] - safe);
+            gained += score[t][n][e];
+          }
+        }
+        mass[t][h] = fmaf(mass[t][h], decay[t][h], gained);
+      }
+    }
+    if (!__any_sync(kAllLanes, rises)) return;  // tops settle soon
+#pragma unroll
+    for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[t][n][e] *= decay[t][e / 2];
+      }
+    }
+  }
+
+  __device__ void AddValues(const float (&weight)[kMTiles][S::kTokens / 8][4], unsigned v) {
+    const int lane = threadIdx.x % 32;
+    const int matrix = lane / 8;
+#pragma unroll
+    for (int i = 0; i < S::kTokens / 16; ++i) {
+      unsigned a[kMTiles][4];
+#pragma unroll
+      for (int t = 0; t < kMTiles; ++t) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* const pair = &weight[t][2 * i + j / 2][j % 2 * 2];
+          a[t][j] = PackPair(Math{}, pair[0], pair[1]);
+        }
+      }
+      const auto multiply = [&](int n, unsigned b0, unsigned b1) {
+#pragma unroll
+        for (int t = 0; t < kMTiles; ++t) Multiply(Math{}, sum[t][n], a[t], b0, b1);
+      };
+      const int token = 16 * i + matrix % 2 * 8 + lane % 8;
+      unsigned b[4];
+#pragma unroll
+      for (int step = 0; step < S::kChunks / 2; ++step) {
+        LoadTransposed(v + Swizzle<S::kChunks>(token, 2 * step + matrix / 2) * 16, b);
+        if constexpr (sizeof(Kv) == 1) {
+          // A transposed pair is two tokens times two dimensions: the even ones make one column block, the odd the
+          // next.
+#pragma unroll
+          for (int j = 0; j < 4; ++j) b[j] = __byte_perm(b[j], 0, 0x3120);
+          multiply(4 * step, WidenPair(b[0]), WidenPair(b[1]));
+          multiply(4 * step + 1, WidenPair(b[0] >> 16), WidenPair(b[1] >> 16));
+          multiply(4 * step + 2, WidenPair(b[2]), WidenPair(b[3]));
+          multiply(4 * step + 3, WidenPair(b[2] >> 16), WidenPair(b[3] >> 16));
+        } else {
+          multiply(2 * step, b[0], b[1]);
+          multiply(2 * step + 1, b[2], b[3]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace decode_mma
+
+}  // namespace pristine::attention
+
+#endif  // PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_TILES_CUH_
