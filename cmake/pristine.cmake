@@ -62,5 +62,6 @@ function(pristine_test name)
   pristine_program(${name} ${ARGN})
   target_link_libraries(${name} PRIVATE GTest::gtest GTest::gtest_main)
   # Names as GoogleTest has them, RolesTest/HostEager.Case: not the bytes of parameters.
-  gtest_discover_tests(${name} NO_PRETTY_TYPES NO_PRETTY_VALUES DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+  gtest_discover_tests(${name} NO_PRETTY_TYPES NO_PRETTY_VALUES DISCOVERY_MODE PRE_TEST
+                       PROPERTIES TIMEOUT 600 LABELS ${name})
 endfunction()
