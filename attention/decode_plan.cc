@@ -352,8 +352,9 @@ absl::Status DecodePlan::Plan(const Extent& bucket, absl::Span<const int32_t> le
                                                    config_.rows_per_request));
   }
   if (config_.scheduler == DecodeScheduler::kDevice) {
-    if (static_cast<int64_t>(lengths.size()) > Rows(config_, bucket))
+    if (static_cast<int64_t>(lengths.size()) > Rows(config_, bucket)) {
       return TooManyRows(config_, bucket, lengths.size());
+    }
     return CheckLengths(config_, lengths);
   }
   PRISTINE_ASSIGN_OR_RETURN(const absl::Span<const int32_t> values, Fill(*workspace, lengths));
