@@ -17,7 +17,8 @@
 
 namespace pristine::attention {
 
-// Who cuts the rows up.
+// Who cuts the rows up. float32, on CUDA and under kDevice, is not cut: one block for each row and KV head, so few long
+// rows want kHost.
 enum class DecodeScheduler {
   kDevice,  // the decode kernel, from the lengths that it finds on the device: nothing to plan or refill
   kHost,    // DecodePlan::Plan, from host lengths: pure host arithmetic over memory that no captured kernel writes
