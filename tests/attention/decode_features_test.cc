@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <random>
 #include <string>
@@ -33,20 +35,28 @@ class DecodeFeaturesTest : public DecodeRigTest<BackendT> {
 };
 TYPED_TEST_SUITE(DecodeFeaturesTest, AllBackends, BackendNames);
 
+uint64_t Seed() {
+  const char* const given = std::getenv("PRISTINE_SEED");
+  const uint64_t seed = given != nullptr ? std::strtoull(given, nullptr, 10) : 20261121;
+  std::printf("PRISTINE_SEED=%llu\n", static_cast<unsigned long long>(seed));
+  return seed;
+}
+
 TYPED_TEST(DecodeFeaturesTest, RandomCasesOfEveryVariantMatchTheOracle) {
-  constexpr uint64_t kSeed = 20261121;
-  std::mt19937_64 random(kSeed);
+  const uint64_t seed = Seed();
+  std::mt19937_64 random(seed);
   const auto draw = [&random](int32_t low, int32_t high) {
     return low + static_cast<int32_t>(random() % static_cast<uint64_t>(high - low + 1));
   };
-  const int cases = this->OnHost() ? 4 : 40;
+  const int cases = this->OnHost() ? 4 : 18;
+  int counted = 0;  // goes on from variant to variant: a variant's few cases on Host need not be the others'
   for (const DecodeVariant& variant : attention::DecodeVariants()) {
-    for (int n = 0; n < cases; ++n) {
-      const int32_t page_sizes[] = {1, 3, 16, 32, 64, 128};
+    for (int n = 0; n < cases; ++n, ++counted) {
+      constexpr int32_t kPageSizes[] = {1, 3, 16, 32, 64, 128};
       DecodeShape shape = {.dtype = variant.dtype,
                            .kv_heads = draw(1, 3),
                            .head_dim = variant.head_dim,
-                           .page_size = page_sizes[random() % std::size(page_sizes)],
+                           .page_size = kPageSizes[counted % std::size(kPageSizes)],
                            .window = random() % 3 == 0 ? draw(1, 200) : 0,
                            .seed = random(),
                            .q_len = random() % 2 == 0 ? 1 : draw(2, 16),
@@ -56,16 +66,17 @@ TYPED_TEST(DecodeFeaturesTest, RandomCasesOfEveryVariantMatchTheOracle) {
                            .sinks = random() % 3 == 0};
       shape.q_heads = shape.kv_heads * draw(1, this->OnHost() ? 6 : 32);
       if (variant.kv_dtype == DType::kFloat8E4M3) shape.k_scale = 0.5f, shape.v_scale = 2.0f;
-      const int32_t rows = draw(1, 5);
+      const int32_t rows = draw(1, 4);
       std::vector<int32_t> lengths(rows), needles(rows, -1);
       for (int32_t r = 0; r < rows; ++r) {
         const int32_t edge = draw(1, 4) * std::max(kTile, shape.page_size) + draw(-1, 1);
         lengths[r] = random() % 5 == 0 ? 0 : random() % 2 == 0 ? edge : draw(1, this->OnHost() ? 150 : 700);
         if (n % 2 == 1 && lengths[r] > 0) needles[r] = draw(0, lengths[r] - 1);
       }
-      const RigOptions options = {.scheduler = kSchedulers[random() % 2], .block_table = random() % 2 == 0};
-      EXPECT_EQ(this->Run(DecodeCase(shape, lengths, needles), rows + draw(0, 2), options), "")
-          << "seed " << kSeed << ", case " << n << ": " << shape.ToString();
+      const RigOptions options = {.scheduler = kSchedulers[n / 2 % 2], .block_table = random() % 2 == 0};
+      const DecodeCase step(shape, lengths, needles);
+      const int32_t bucket = rows + draw(0, 2);
+      EXPECT_EQ(this->Run(step, bucket, options), "") << "case " << n << ": " << shape.ToString();
     }
   }
 }

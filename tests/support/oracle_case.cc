@@ -140,21 +140,38 @@ std::vector<std::byte> DecodeCase::Pool(bool values) const {
   return ToBytes(pool, shape_.KvDType());
 }
 
-OracleRow DecodeCase::Expected(int32_t row, int32_t q_head, const std::function<bool(int32_t)>& attended,
-                               int32_t query) const {
-  const int32_t kv_head = q_head / (shape_.q_heads / shape_.kv_heads);
-  std::vector<double> q, keys, values;
-  for (int32_t d = 0; d < shape_.head_dim; ++d) q.push_back(Query(row, query, q_head, d));
-  const int32_t end = lengths_[row] - shape_.q_len + query + 1;
-  for (int32_t p = shape_.window > 0 && end > shape_.window ? end - shape_.window : 0; p < end; ++p) {
-    if (attended && !attended(p)) continue;
+const DecodeCase::HeadOfRow& DecodeCase::Head(int32_t row, int32_t kv_head) const {
+  if (head_.row == row && head_.kv_head == kv_head) return head_;
+  head_ = {.row = row, .kv_head = kv_head, .keys = {}, .values = {}};
+  for (int32_t p = 0; p < lengths_[row]; ++p) {
     for (int32_t d = 0; d < shape_.head_dim; ++d) {
-      keys.push_back(Key(row, p, kv_head, d));
-      values.push_back(shape_.v_scale * Value(row, p, kv_head, d));
+      head_.keys.push_back(Key(row, p, kv_head, d));
+      head_.values.push_back(shape_.v_scale * Value(row, p, kv_head, d));
     }
   }
+  return head_;
+}
+
+OracleRow DecodeCase::Expected(int32_t row, int32_t q_head, const std::function<bool(int32_t)>& attended,
+                               int32_t query) const {
+  const HeadOfRow& head = Head(row, q_head / (shape_.q_heads / shape_.kv_heads));
+  std::vector<double> q;
+  for (int32_t d = 0; d < shape_.head_dim; ++d) q.push_back(Query(row, query, q_head, d));
   OracleScores scores = {.scale = Scale() * shape_.k_scale, .soft_cap = shape_.soft_cap};
   if (shape_.sinks) scores.sink = Sinks()[q_head];
+  const size_t dim = shape_.head_dim;
+  const int32_t end = std::max(0, lengths_[row] - shape_.q_len + query + 1);
+  const int32_t begin = shape_.window > 0 && end > shape_.window ? end - shape_.window : 0;
+  if (!attended) {
+    return OracleAttention(q, absl::MakeConstSpan(head.keys).subspan(begin * dim, (end - begin) * dim),
+                           absl::MakeConstSpan(head.values).subspan(begin * dim, (end - begin) * dim), scores);
+  }
+  std::vector<double> keys, values;
+  for (int32_t p = begin; p < end; ++p) {
+    if (!attended(p)) continue;
+    keys.insert(keys.end(), head.keys.begin() + p * dim, head.keys.begin() + (p + 1) * dim);
+    values.insert(values.end(), head.values.begin() + p * dim, head.values.begin() + (p + 1) * dim);
+  }
   return OracleAttention(q, keys, values, scores);
 }
 

@@ -36,7 +36,7 @@ struct DecodeShape {
 // Query i of a row stands at position length - q_len + i. K and V of (row, position, head) come from a hash. A needle
 // is a position of a row whose key carries at least half of the mass and whose value row encodes row, head, position
 // and page. Slots that belong to no position are NaN, but for page 0, the dummy page, which is zeros. Pages are handed
-// out in a scrambled order.
+// out in a scrambled order. Not thread-safe: keys and values of the last head asked for are kept.
 class DecodeCase {
  public:
   // needles[r]: a position of row r, or -1. It may lie at or past lengths[r] as long as the row's pages hold it: such a
@@ -65,11 +65,18 @@ class DecodeCase {
   // Uniform with mean 0 and variance 1.
   double Noise(uint64_t what, int32_t row, int32_t position, int32_t head, int32_t d) const;
 
+  struct HeadOfRow {
+    int32_t row = -1, kv_head = -1;
+    std::vector<double> keys, values;  // [length, head_dim], v_scale applied
+  };
+  const HeadOfRow& Head(int32_t row, int32_t kv_head) const;
+
   const DecodeShape shape_;
   const std::vector<int32_t> lengths_;
   const std::vector<int32_t> needles_;
   std::vector<int32_t> indptr_, indices_;
   int32_t num_pages_ = 0;
+  mutable HeadOfRow head_;  // the last: all queries of its group ask for it, and making it is what takes time
 };
 
 // Conversions between doubles or floats and the bytes of a dtype.
