@@ -4,8 +4,9 @@
 // Each cell has as many KV caches as fill 256 MiB, so that one is out of the L2 cache when its turn comes again; pages
 // are handed out in a scrambled order; queries, outputs and page tables stay. At least 20 launches over all caches make
 // up a graph; a sample is the time between an event before and one after it, over its launches. Before anything is
-// timed, sampled heads are compared with the definition in double. Bytes count KV, queries and outputs once. Without a
-// peer file there are a few cells of our own.
+// timed, heads of three rows are compared with the definition in double, over all of the row. Bytes count KV, queries
+// and outputs once. Without a peer file there are a few cells of our own; --ragged times one long request among short
+// ones against an even batch of the same bytes.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -51,16 +53,20 @@ struct Options {
   int samples = 7;
   int q_len = 1;
   int64_t every = 1;  // of the peer's cells
+  bool ragged = false;
   DecodeScheduler scheduler = DecodeScheduler::kDevice;
 };
 
 struct Cell {
   bool float8;
   int32_t q_heads, kv_heads, head_dim, page_size, batch, length;
-  double peer_us = 0;  // 0: none
+  double peer_us = 0;       // 0: none
+  int32_t last_length = 0;  // of the last request, the others' is length; 0: length too
 
   DType kv_dtype() const { return float8 ? DType::kFloat8E4M3 : DType::kBFloat16; }
-  int64_t pages() const { return int64_t{batch} * ((length - 1) / page_size + 1); }
+  int32_t LengthOf(int32_t row) const { return row + 1 == batch && last_length > 0 ? last_length : length; }
+  int64_t FirstPage(int32_t row) const { return int64_t{row} * ((length - 1) / page_size + 1); }
+  int64_t pages() const { return FirstPage(batch - 1) + (LengthOf(batch - 1) - 1) / page_size + 1; }
   int64_t page_elements() const { return int64_t{page_size} * kv_heads * head_dim; }
   int64_t cache_bytes() const {  // K alone, or V
     return pages() * page_elements() * static_cast<int64_t>(attention::SizeOf(kv_dtype()));
@@ -111,31 +117,84 @@ std::vector<Cell> OwnCells() {
   return cells;
 }
 
+// What queries and caches repeat; its odd size lets no two pages be alike.
+class RandomBlock {
+ public:
+  static constexpr int64_t kMostValues = 256;  // that Values gives at once
+
+  explicit RandomBlock(bool float8) : bytes_((size_t{16} << 20) - 272) {
+    std::mt19937_64 random(1);
+    std::uniform_real_distribution<float> value(-1.7f, 1.7f);
+    for (size_t at = 0; at < bytes_.size(); at += float8 ? 1 : 2) {
+      const float x = value(random);
+      if (float8) {
+        const Float8E4M3 narrow = attention::FromFloat<Float8E4M3>(x);
+        bytes_[at] = std::byte{narrow.bits};
+        values_.push_back(ToFloat(narrow));
+      } else {
+        const BFloat16 narrow = attention::FromFloat<BFloat16>(x);
+        std::memcpy(&bytes_[at], &narrow, 2);
+        values_.push_back(ToFloat(narrow));
+      }
+    }
+    elements_ = static_cast<int64_t>(values_.size());
+    values_.reserve(values_.size() + kMostValues);
+    std::copy_n(values_.begin(), kMostValues, std::back_inserter(values_));
+  }
+
+  absl::Status FillWith(Stream& stream, DeviceSpan<std::byte> to) const {
+    const size_t first = std::min(bytes_.size(), to.size());
+    PRISTINE_RETURN_IF_ERROR(stream.CopyFromHost(to.Sub(0, first), absl::MakeConstSpan(bytes_).first(first)));
+    for (size_t at = first; at < to.size(); at += bytes_.size()) {
+      const size_t size = std::min(bytes_.size(), to.size() - at);
+      PRISTINE_RETURN_IF_ERROR(stream.Copy(to.Sub(at, size), {to.address(), size}));
+    }
+    return stream.Synchronize();
+  }
+  // The kMostValues elements from `index` on of a tensor that is filled with it.
+  const float* Values(int64_t index) const { return &values_[static_cast<size_t>(index % elements_)]; }
+
+ private:
+  std::vector<std::byte> bytes_;
+  std::vector<float> values_;  // of the bytes, and again the first ones
+  int64_t elements_ = 0;
+};
+
+struct RandomBlocks {
+  const RandomBlock bf16{false}, fp8{true};
+};
+
 class Workload {
  public:
   static absl::StatusOr<std::unique_ptr<Workload>> Create(Device& device, Stream& stream, const Cell& cell,
-                                                          const Options& options) {
-    std::unique_ptr<Workload> work(new Workload(stream, cell, options.q_len));
+                                                          const Options& options, const RandomBlocks& blocks) {
+    std::unique_ptr<Workload> work(new Workload(stream, cell, options.q_len, blocks));
     PRISTINE_ASSIGN_OR_RETURN(work->manager_, BufferManager::Create(device));
     const Extent bucket = work->bucket_;
-    PRISTINE_ASSIGN_OR_RETURN(work->plan_,
-                              attention::DecodePlan::Create(*work->manager_, {.buckets = {bucket},
-                                                                              .q_len = options.q_len,
-                                                                              .q_heads = cell.q_heads,
-                                                                              .kv_heads = cell.kv_heads,
-                                                                              .head_dim = cell.head_dim,
-                                                                              .dtype = DType::kBFloat16,
-                                                                              .kv_dtype = cell.kv_dtype(),
-                                                                              .page_size = cell.page_size,
-                                                                              .max_row_tokens = cell.length,
-                                                                              .derived_from = {},
-                                                                              .scheduler = options.scheduler}));
+    PRISTINE_ASSIGN_OR_RETURN(
+        work->plan_, attention::DecodePlan::Create(*work->manager_, {.buckets = {bucket},
+                                                                     .q_len = options.q_len,
+                                                                     .q_heads = cell.q_heads,
+                                                                     .kv_heads = cell.kv_heads,
+                                                                     .head_dim = cell.head_dim,
+                                                                     .dtype = DType::kBFloat16,
+                                                                     .kv_dtype = cell.kv_dtype(),
+                                                                     .page_size = cell.page_size,
+                                                                     .max_row_tokens = cell.LengthOf(cell.batch - 1),
+                                                                     .derived_from = {},
+                                                                     .scheduler = options.scheduler}));
     PRISTINE_ASSIGN_OR_RETURN(work->decode_, attention::PagedDecode::Create(*work->plan_, work->Scale()));
     PRISTINE_RETURN_IF_ERROR(work->manager_->Seal());
     PRISTINE_RETURN_IF_ERROR(work->Allocate(device));
 
-    // A first launch loads the kernel, which a capture need not survive. The workspace of a host plan holds its
-    // original, which is the plan of rows as long as these.
+    // The prologue leaves the plan where every launch finds it; the first launch loads the kernel, which a capture need
+    // not survive.
+    std::vector<int32_t> lengths(static_cast<size_t>(cell.batch), cell.length);
+    lengths.back() = cell.LengthOf(cell.batch - 1);
+    PRISTINE_RETURN_IF_ERROR(work->manager_->BeginStep(bucket, bucket));
+    PRISTINE_RETURN_IF_ERROR(work->plan_->Plan(bucket, lengths));
+    PRISTINE_RETURN_IF_ERROR(work->manager_->BeforeReplay(stream, bucket, bucket));
+    PRISTINE_RETURN_IF_ERROR(work->manager_->RecordPrologue(stream, bucket));
     PRISTINE_RETURN_IF_ERROR(work->decode_->Run(stream, bucket, work->Tensors(0)));
     const double bytes = work->bytes();
     work->launches_ = std::max<int64_t>(cell.caches(), std::clamp<int64_t>(static_cast<int64_t>(5e10 / bytes), 4, 20));
@@ -158,9 +217,12 @@ class Workload {
   absl::Status Check() {
     PRISTINE_RETURN_IF_ERROR(stream_.Fill(out_.As<std::byte>(), std::byte{0xff}));
     PRISTINE_RETURN_IF_ERROR(decode_->Run(stream_, bucket_, Tensors(0)));
+    std::vector<std::byte> outs(out_.As<const std::byte>().size());
+    PRISTINE_RETURN_IF_ERROR(stream_.CopyToHost(absl::MakeSpan(outs), out_.As<const std::byte>()));
+    PRISTINE_RETURN_IF_ERROR(stream_.Synchronize());
     const int32_t rows[] = {0, cell_.batch / 2, cell_.batch - 1};
     for (int i = 0; i < 3; ++i) {
-      PRISTINE_RETURN_IF_ERROR(CheckHead(rows[i], i * (q_len_ - 1) / 2, i * (cell_.q_heads - 1) / 2));
+      PRISTINE_RETURN_IF_ERROR(CheckHead(outs, rows[i], i * (q_len_ - 1) / 2, i * (cell_.q_heads - 1) / 2));
     }
     return absl::OkStatus();
   }
@@ -181,8 +243,8 @@ class Workload {
   }
 
  private:
-  Workload(Stream& stream, const Cell& cell, int32_t q_len)
-      : stream_(stream), cell_(cell), q_len_(q_len), bucket_{cell.batch, cell.batch * q_len} {}
+  Workload(Stream& stream, const Cell& cell, int32_t q_len, const RandomBlocks& blocks)
+      : stream_(stream), cell_(cell), q_len_(q_len), bucket_{cell.batch, cell.batch * q_len}, blocks_(blocks) {}
   float Scale() const { return 1 / std::sqrt(static_cast<float>(cell_.head_dim)); }
 
   absl::Status Allocate(Device& device) {
@@ -191,18 +253,19 @@ class Workload {
     PRISTINE_ASSIGN_OR_RETURN(out_, device.Allocate(heads * cell_.head_dim * 2, "out"));
     PRISTINE_ASSIGN_OR_RETURN(lse_, device.Allocate(heads * 4, "lse"));
     PRISTINE_ASSIGN_OR_RETURN(kv_, device.Allocate(2 * cell_.caches() * cell_.cache_bytes(), "kv"));
-    PRISTINE_RETURN_IF_ERROR(FillRandomly(q_.As<std::byte>(), false));
-    PRISTINE_RETURN_IF_ERROR(FillRandomly(kv_.As<std::byte>(), cell_.float8));
+    PRISTINE_RETURN_IF_ERROR(blocks_.bf16.FillWith(stream_, q_.As<std::byte>()));
+    PRISTINE_RETURN_IF_ERROR(KvBlock().FillWith(stream_, kv_.As<std::byte>()));
     pages_.resize(static_cast<size_t>(cell_.pages()));
     std::iota(pages_.begin(), pages_.end(), 0);
     std::shuffle(pages_.begin(), pages_.end(), std::mt19937_64(7));
     std::vector<int32_t> indptr(static_cast<size_t>(cell_.batch) + 1);
-    for (size_t i = 0; i < indptr.size(); ++i) {
-      indptr[i] = static_cast<int32_t>(static_cast<int64_t>(i) * cell_.pages() / cell_.batch);
-    }
+    for (int32_t row = 0; row < cell_.batch; ++row) indptr[row] = static_cast<int32_t>(cell_.FirstPage(row));
+    indptr.back() = static_cast<int32_t>(cell_.pages());
+    std::vector<int32_t> lengths(static_cast<size_t>(cell_.batch), cell_.length);
+    lengths.back() = cell_.LengthOf(cell_.batch - 1);
     PRISTINE_RETURN_IF_ERROR(Put(device, indptr, kv_indptr_));
     PRISTINE_RETURN_IF_ERROR(Put(device, pages_, kv_indices_));
-    return Put(device, std::vector<int32_t>(static_cast<size_t>(cell_.batch), cell_.length), lengths_);
+    return Put(device, lengths, lengths_);
   }
   absl::Status Put(Device& device, const std::vector<int32_t>& values, DeviceBuffer& to) {
     PRISTINE_ASSIGN_OR_RETURN(to, device.Allocate(values.size() * 4, "page table"));
@@ -210,29 +273,6 @@ class Workload {
         to.As<std::byte>(), {reinterpret_cast<const std::byte*>(values.data()), values.size() * 4}));
     return stream_.Synchronize();
   }
-  // Copies of a random block; its odd size lets no two pages be alike.
-  absl::Status FillRandomly(DeviceSpan<std::byte> to, bool float8) {
-    constexpr size_t kBlock = (size_t{16} << 20) - 272;
-    std::vector<std::byte> block(std::min(kBlock, to.size()));
-    std::mt19937_64 random(1);
-    std::uniform_real_distribution<float> value(-1.7f, 1.7f);
-    for (size_t at = 0; at + 2 <= block.size(); at += float8 ? 1 : 2) {
-      const float x = value(random);
-      if (float8) {
-        block[at] = std::byte{attention::FromFloat<Float8E4M3>(x).bits};
-      } else {
-        const BFloat16 narrow = attention::FromFloat<BFloat16>(x);
-        std::memcpy(&block[at], &narrow, 2);
-      }
-    }
-    PRISTINE_RETURN_IF_ERROR(stream_.CopyFromHost(to.Sub(0, block.size()), block));
-    for (size_t at = block.size(); at < to.size(); at += block.size()) {
-      const size_t size = std::min(block.size(), to.size() - at);
-      PRISTINE_RETURN_IF_ERROR(stream_.Copy(to.Sub(at, size), {to.address(), size}));
-    }
-    return stream_.Synchronize();
-  }
-
   DeviceSpan<const std::byte> Cache(int64_t index, bool values) const {
     return kv_.As<const std::byte>().Sub((2 * index + (values ? 1 : 0)) * cell_.cache_bytes(), cell_.cache_bytes());
   }
@@ -249,44 +289,32 @@ class Workload {
     return tensors;
   }
 
-  absl::StatusOr<std::vector<float>> Read(DeviceSpan<const std::byte> from, bool float8) {
-    std::vector<std::byte> bytes(from.size());
-    PRISTINE_RETURN_IF_ERROR(stream_.CopyToHost(absl::MakeSpan(bytes), from));
-    PRISTINE_RETURN_IF_ERROR(stream_.Synchronize());
-    std::vector<float> values(bytes.size() / (float8 ? 1 : 2));
-    for (size_t i = 0; i < values.size(); ++i) {
-      BFloat16 narrow;
-      std::memcpy(&narrow, &bytes[float8 ? 0 : 2 * i], 2);
-      values[i] = float8 ? ToFloat(Float8E4M3{static_cast<uint8_t>(bytes[i])}) : ToFloat(narrow);
-    }
-    return values;
-  }
+  const RandomBlock& KvBlock() const { return cell_.float8 ? blocks_.fp8 : blocks_.bf16; }
 
-  absl::Status CheckHead(int32_t row, int32_t token, int32_t head) {
+  absl::Status CheckHead(const std::vector<std::byte>& outs, int32_t row, int32_t token, int32_t head) const {
     const int32_t dim = cell_.head_dim, kv_head = head / (cell_.q_heads / cell_.kv_heads);
-    const int64_t page_bytes = cell_.page_elements() * static_cast<int64_t>(attention::SizeOf(cell_.kv_dtype()));
-    const int64_t place = ((int64_t{row} * q_len_ + token) * cell_.q_heads + head) * dim * 2;
-    PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> q, Read(q_.As<const std::byte>().Sub(place, dim * 2), false));
-    PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> out,
-                              Read(out_.As<const std::byte>().Sub(place, dim * 2), false));
-    const int64_t first_page = int64_t{row} * cell_.pages() / cell_.batch;
-    const int32_t end = cell_.length - q_len_ + token + 1;
+    const int64_t place = ((int64_t{row} * q_len_ + token) * cell_.q_heads + head) * dim;
+    const int64_t values = cell_.cache_bytes() / static_cast<int64_t>(attention::SizeOf(cell_.kv_dtype()));
+    const int32_t end = cell_.LengthOf(row) - q_len_ + token + 1;
     std::vector<double> sum(static_cast<size_t>(dim));
+    std::vector<float> out(sum.size());
+    for (int32_t d = 0; d < dim; ++d) {
+      BFloat16 narrow;
+      std::memcpy(&narrow, &outs[static_cast<size_t>(2 * (place + d))], 2);
+      out[d] = ToFloat(narrow);
+    }
+    const float* const q = blocks_.bf16.Values(place);
     double mass = 0;
-    for (int32_t from = 0; from < end; from += cell_.page_size) {
-      const int64_t page = pages_[static_cast<size_t>(first_page + from / cell_.page_size)];
-      PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> k,
-                                Read(Cache(0, false).Sub(page * page_bytes, page_bytes), cell_.float8));
-      PRISTINE_ASSIGN_OR_RETURN(const std::vector<float> v,
-                                Read(Cache(0, true).Sub(page * page_bytes, page_bytes), cell_.float8));
-      for (int32_t t = 0; t < std::min(cell_.page_size, end - from); ++t) {
-        const size_t at = (size_t{1} * t * cell_.kv_heads + kv_head) * dim;
-        double score = 0;
-        for (int32_t d = 0; d < dim; ++d) score += double{q[d]} * k[at + d];
-        const double weight = std::exp(score * Scale());  // scores of these values are small
-        mass += weight;
-        for (int32_t d = 0; d < dim; ++d) sum[d] += weight * v[at + d];
-      }
+    for (int32_t p = 0; p < end; ++p) {
+      const int64_t page = pages_[static_cast<size_t>(cell_.FirstPage(row) + p / cell_.page_size)];
+      const int64_t at = page * cell_.page_elements() + (int64_t{p % cell_.page_size} * cell_.kv_heads + kv_head) * dim;
+      const float* const k = KvBlock().Values(at);
+      const float* const v = KvBlock().Values(values + at);
+      double score = 0;
+      for (int32_t d = 0; d < dim; ++d) score += double{q[d]} * k[d];
+      const double weight = std::exp(score * Scale());  // scores of these values are small
+      mass += weight;
+      for (int32_t d = 0; d < dim; ++d) sum[d] += weight * v[d];
     }
     double error = 0, norm = 0;
     for (int32_t d = 0; d < dim; ++d) {
@@ -302,6 +330,7 @@ class Workload {
   const Cell cell_;
   const int32_t q_len_;
   const Extent bucket_;
+  const RandomBlocks& blocks_;
   std::vector<int32_t> pages_;
   DeviceBuffer q_, out_, lse_, kv_, kv_indptr_, kv_indices_, lengths_;
   std::unique_ptr<BufferManager> manager_;
@@ -319,6 +348,33 @@ struct Mean {
   double value() const { return count == 0 ? 0 : std::exp(logs / count); }
 };
 
+// Microseconds of a cell whose results are right.
+absl::StatusOr<double> Measure(Device& device, Stream& stream, const Cell& cell, const Options& options,
+                               const RandomBlocks& blocks, double* floor = nullptr) {
+  PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Workload> work,
+                            Workload::Create(device, stream, cell, options, blocks));
+  PRISTINE_RETURN_IF_ERROR(work->Check());
+  if (floor != nullptr) *floor = work->bytes() / kCopyBytesPerUs;
+  return work->Time(options.samples);
+}
+
+// One request of 64K among 63 of 1K, and 64 of 2032: the same bytes.
+absl::Status RunRagged(Device& device, Stream& stream, const Options& options, const RandomBlocks& blocks) {
+  constexpr int32_t kBatch = 64, kLong = 65536, kShort = 1024;
+  constexpr int32_t kEven = (kLong + (kBatch - 1) * kShort) / kBatch;
+  std::printf("%-40s %10s %10s %8s\n", "ragged: 1 x 64K among 63 x 1K", "us", "even us", "ratio");
+  for (const bool float8 : {false, true}) {
+    const Cell even = {float8, 32, 8, 128, 16, kBatch, kEven};
+    Cell ragged = even;
+    ragged.length = kShort, ragged.last_length = kLong;
+    PRISTINE_ASSIGN_OR_RETURN(const double us, Measure(device, stream, ragged, options, blocks));
+    PRISTINE_ASSIGN_OR_RETURN(const double even_us, Measure(device, stream, even, options, blocks));
+    std::printf("%-40s %10.2f %10.2f %8.3f\n", float8 ? "fp8_e4m3,32,8,128,16" : "bf16,32,8,128,16", us, even_us,
+                us / even_us);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Run(const Options& options) {
   std::vector<Cell> cells = OwnCells();
   if (!options.peer.empty()) {
@@ -326,16 +382,25 @@ absl::Status Run(const Options& options) {
   }
   PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Device> device, CreateCudaDevice(0));
   PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device->CreateStream());
+  const RandomBlocks blocks;
+  if (options.ragged) return RunRagged(*device, *stream, options, blocks);
   std::printf("%-40s %10s %10s %8s %10s %8s\n", "cell", "us", "floor us", "of copy", "peer us", "speedup");
   Mean bf16, fp8;
   std::vector<std::string> slower;
+  const Timer since_start;
+  double reported_us = 0;
   for (size_t i = 0; i < cells.size(); i += static_cast<size_t>(options.every)) {
     const Cell& cell = cells[i];
-    if (2 * cell.caches() * cell.cache_bytes() > kBudget) continue;
-    PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Workload> work, Workload::Create(*device, *stream, cell, options));
-    PRISTINE_RETURN_IF_ERROR(work->Check());
-    PRISTINE_ASSIGN_OR_RETURN(const double us, work->Time(options.samples));
-    const double floor = work->bytes() / kCopyBytesPerUs;
+    if (since_start.Microseconds() > reported_us + 5e6) {
+      reported_us = since_start.Microseconds();
+      std::fprintf(stderr, "cell %zu of %zu after %.0f s\n", i, cells.size(), reported_us / 1e6);
+    }
+    if (2 * cell.caches() * cell.cache_bytes() > kBudget) {
+      std::printf("%-40s left out: more than %lld GiB\n", cell.Key().c_str(), static_cast<long long>(kBudget >> 30));
+      continue;
+    }
+    double floor = 0;
+    PRISTINE_ASSIGN_OR_RETURN(const double us, Measure(*device, *stream, cell, options, blocks, &floor));
     std::printf("%-40s %10.2f %10.2f %8.3f", cell.Key().c_str(), us, floor, floor / us);
     if (cell.peer_us > 0) {
       const double speedup = cell.peer_us / us;
@@ -344,6 +409,7 @@ absl::Status Run(const Options& options) {
       if (speedup < 1) slower.push_back(absl::StrCat(cell.Key(), " ", speedup));
     }
     std::printf("\n");
+    std::fflush(stdout);
   }
   if (bf16.count + fp8.count == 0) return absl::OkStatus();
   std::printf("geometric mean of the speedups: bf16 %.3f over %d cells, fp8 %.3f over %d\n", bf16.value(), bf16.count,
@@ -352,6 +418,19 @@ absl::Status Run(const Options& options) {
   for (const std::string& cell : slower) std::printf("  %s\n", cell.c_str());
   return absl::OkStatus();
 }
+
+constexpr char kUsage[] =
+    R"(usage: decode_benchmark [--peer=FILE [--every=N]] [--ragged] [--samples=N] [--q-len=N] [--scheduler=device|host]
+Times PagedDecode on the first GPU, after checking its results. A minute or two for all cells of a peer's file.
+  --peer=FILE    the cells of another library's figures (path,kv_dtype,q_heads,kv_heads,head_dim,page_size,batch,
+                 kv_len,us,...), and ours against its fastest path; without it, cells of our own
+  --every=N      each Nth of these cells
+  --ragged       instead: one request of 64K among 63 of 1K, against an even batch of the same bytes
+  --samples=N    samples of each cell, of which the median counts (default 7)
+  --q-len=N      query tokens of each request (default 1)
+  --scheduler=S  who cuts rows up: device (default) or host
+Exit: 0 done, 1 a wrong result or an error, 2 usage.
+)";
 
 bool ParseNumber(const char* argument, const char* name, int64_t least, int64_t& value) {
   const size_t length = std::strlen(name);
@@ -365,6 +444,8 @@ bool Parse(const char* argument, Options& options) {
   int64_t value = 0;
   if (std::strncmp(argument, "--peer=", 7) == 0) {
     options.peer = argument + 7;
+  } else if (std::strcmp(argument, "--ragged") == 0) {
+    options.ragged = true;
   } else if (std::strcmp(argument, "--scheduler=host") == 0) {
     options.scheduler = DecodeScheduler::kHost;
   } else if (std::strcmp(argument, "--scheduler=device") == 0) {
@@ -387,11 +468,12 @@ bool Parse(const char* argument, Options& options) {
 int main(int argc, char** argv) {
   pristine::benchmarks::Options options;
   for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--help") == 0) {
+      std::fputs(pristine::benchmarks::kUsage, stdout);
+      return 0;
+    }
     if (!pristine::benchmarks::Parse(argv[i], options)) {
-      std::fprintf(stderr,
-                   "unknown argument %s\nusage: decode_benchmark [--peer=FILE] [--every=N] [--samples=N] [--q-len=N] "
-                   "[--scheduler=device|host]\n",
-                   argv[i]);
+      std::fprintf(stderr, "unknown argument %s\n%s", argv[i], pristine::benchmarks::kUsage);
       return 2;
     }
   }
