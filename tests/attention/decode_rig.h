@@ -254,15 +254,15 @@ class DecodeRigTest : public DeviceTest<BackendT> {
     PRISTINE_ASSIGN_OR_RETURN(rig_, DecodeRig::Create(*this->device_, *this->stream_, step.shape(), options));
     return rig_->Load(step);
   }
-  // One eager run of the whole case; "" if it is right.
-  std::string Run(const DecodeCase& step, int32_t bucket, RigOptions options = {}) {
+  // One eager run of the whole case; "" if it is right, where Check looks with `every`.
+  std::string Run(const DecodeCase& step, int32_t bucket, RigOptions options = {}, int64_t every = 1) {
     options.buckets = {bucket};
     const absl::Status status = [&]() -> absl::Status {
       PRISTINE_RETURN_IF_ERROR(Prepare(step, options));
       PRISTINE_RETURN_IF_ERROR(rig_->Begin(bucket, step, step.rows()));
       return rig_->RunEagerly(bucket, step.rows());
     }();
-    return status.ok() ? rig_->Check(bucket, step, step.rows()) : status.ToString();
+    return status.ok() ? rig_->Check(bucket, step, step.rows(), every) : status.ToString();
   }
   std::unique_ptr<DecodeRig> rig_;
 };

@@ -424,7 +424,7 @@ constexpr char kUsage[] =
 Times PagedDecode on the first GPU, after checking its results. A minute or two for all cells of a peer's file.
   --peer=FILE    the cells of another library's figures (path,kv_dtype,q_heads,kv_heads,head_dim,page_size,batch,
                  kv_len,us,...), and ours against its fastest path; without it, cells of our own
-  --every=N      each Nth of these cells
+  --every=N      each Nth of these cells; an odd N meets all lengths
   --ragged       instead: one request of 64K among 63 of 1K, against an even batch of the same bytes
   --samples=N    samples of each cell, of which the median counts (default 7)
   --q-len=N      query tokens of each request (default 1)
