@@ -108,8 +108,10 @@ absl::Status StepAttention::Run(Stream& stream, const Extent& bucket, const Step
     decode.k_scale = tensors.k_scale;
     decode.v_scale = tensors.v_scale;
     decode.sinks = tensors.sinks;
-    decode.kv_indptr = metadata_.kv_indptr().live;
+    decode.kv_indptr = metadata_.kv_indptr().live;  // these two, or the table, are empty
     decode.kv_indices = metadata_.kv_indices().live;
+    decode.block_table = metadata_.block_table().live;
+    decode.block_table_stride = metadata_.config().block_table_width;
     decode.lengths = metadata_.lengths().live;
     return decode_->Run(stream, bucket, decode);
   }
@@ -126,6 +128,8 @@ absl::Status StepAttention::Run(Stream& stream, const Extent& bucket, const Step
   context.qo_indptr = metadata_.qo_indptr().live;
   context.kv_indptr = metadata_.kv_indptr().live;
   context.kv_indices = metadata_.kv_indices().live;
+  context.block_table = metadata_.block_table().live;
+  context.table_width = metadata_.config().block_table_width;
   context.lengths = metadata_.lengths().live;
   return context_->Run(stream, bucket, context);
 }

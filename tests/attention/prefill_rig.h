@@ -402,6 +402,18 @@ class PrefillRig {
   std::unique_ptr<GraphRunner> runner_;
 };
 
+// The variants for `shape` that `device` can run; on Host they are all one.
+inline std::vector<const attention::PrefillVariant*> RunnableVariants(const Device& device, const PrefillShape& shape) {
+  std::vector<const attention::PrefillVariant*> runnable;
+  for (const attention::PrefillVariant& variant : attention::PrefillVariants()) {
+    if (variant.dtype != shape.dtype || variant.kv_dtype != shape.kv_dtype) continue;
+    if (variant.head_dim != shape.head_dim) continue;
+    const int32_t only = variant.only_capability;
+    if (only == 0 || only == device.compute_capability()) runnable.push_back(&variant);
+  }
+  return runnable;
+}
+
 template <class BackendT>
 class PrefillTest : public DeviceTest<BackendT> {
  protected:
@@ -411,16 +423,8 @@ class PrefillTest : public DeviceTest<BackendT> {
     DeviceTest<BackendT>::TearDown();
   }
   bool on_host() const { return this->device_->backend() == Backend::kHost; }
-  // The variants for `shape` that this device can run; on Host they are all one.
   std::vector<const attention::PrefillVariant*> Runnable(const PrefillShape& shape) const {
-    std::vector<const attention::PrefillVariant*> runnable;
-    for (const attention::PrefillVariant& variant : attention::PrefillVariants()) {
-      if (variant.dtype != shape.dtype || variant.kv_dtype != shape.kv_dtype) continue;
-      if (variant.head_dim != shape.head_dim) continue;
-      const int32_t only = variant.only_capability;
-      if (only == 0 || only == this->device_->compute_capability()) runnable.push_back(&variant);
-    }
-    return runnable;
+    return RunnableVariants(*this->device_, shape);
   }
   absl::Status Prepare(const PrefillCase& step, const Extent& bucket,
                        const attention::PrefillVariant* variant = nullptr) {

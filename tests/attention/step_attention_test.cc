@@ -30,6 +30,7 @@ using attention::StepMetadataConfig;
 using attention::StepValues;
 
 constexpr int32_t kRequests = 4, kMaxQLen = 5, kPageSize = 4, kPages = 64, kHeads = 4, kKvHeads = 2, kHeadDim = 64;
+constexpr int32_t kTableWidth = 13;  // a page more than a request can have
 
 template <class BackendT>
 class StepAttentionTest : public DeviceTest<BackendT> {
@@ -47,16 +48,17 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     manager_.reset();
     DeviceTest<BackendT>::TearDown();
   }
-  std::unique_ptr<StepMetadata> Metadata(const std::string& name, bool ragged) {
+  std::unique_ptr<StepMetadata> Metadata(const std::string& name, bool ragged, bool block_table = false) {
     StepMetadataConfig config;
     config.name = name;
     config.max_requests = kRequests;
     config.max_tokens = kRequests * kMaxQLen;
     config.page_size = kPageSize;
     config.num_pages = kPages;
-    config.max_step_pages = kPages;
+    config.max_step_pages = block_table ? 0 : kPages;
     config.max_length = 48;
     config.ragged = ragged;
+    config.block_table_width = block_table ? kTableWidth : 0;
     absl::StatusOr<std::unique_ptr<StepMetadata>> metadata = StepMetadata::Create(*manager_, config);
     EXPECT_OK(metadata);
     return metadata.ok() ? *std::move(metadata) : nullptr;
@@ -113,9 +115,16 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     ASSERT_EQ(names.size(), count);
     EXPECT_EQ(names.front().substr(0, first.size()), first);
   }
-  // Eagerly and replayed, `config` over float8 KV in HND with a soft cap, sinks, and scales that differ from step to
-  // step gives what the definition says.
-  void ExpectAttention(StepAttentionConfig config, const std::vector<int32_t>& qo_lens) {
+  // Eagerly and replayed, over kv_indices and over a block table, `config` over float8 KV in HND with a soft cap,
+  // sinks, and scales and lengths that differ from step to step gives what the definition says.
+  void ExpectAttention(const StepAttentionConfig& config, const std::vector<int32_t>& qo_lens) {
+    ExpectAttention(config, qo_lens, false);
+    metadata_.reset();
+    ASSERT_OK_AND_ASSIGN(manager_, BufferManager::Create(*this->device_));
+    metadata_ = Metadata("step", true, true);
+    ExpectAttention(config, qo_lens, true);
+  }
+  void ExpectAttention(StepAttentionConfig config, const std::vector<int32_t>& qo_lens, bool block_table) {
     config.route.kv_dtype = DType::kFloat8E4M3;
     config.layout = KvLayout::kHND;
     config.soft_cap = 3;
@@ -150,6 +159,7 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     ASSERT_OK(runner->CaptureAll(*this->stream_));
 
     for (const float k_scale : {0.75f, 2.0f, 0.5f}) {
+      const int32_t first = k_scale > 1 ? 11 : 46;  // shrinks, and grows again
       const PrefillCase step({.dtype = config.route.dtype,
                               .kv_dtype = config.route.kv_dtype,
                               .q_heads = kHeads,
@@ -162,14 +172,16 @@ class StepAttentionTest : public DeviceTest<BackendT> {
                               .k_scale = k_scale,
                               .v_scale = 1.5f / k_scale,
                               .seed = 7},
-                             qo_lens, {46, qo_lens[1], 21});
+                             qo_lens, {first, qo_lens[1], 21});
       const std::vector<int32_t> tokens(step.tokens(), 0);
-      const StepValues values = {.lengths = step.lengths(),
-                                 .kv_indptr = step.indptr(),
-                                 .kv_indices = step.indices(),
-                                 .slots = tokens,
-                                 .positions = tokens,
-                                 .qo_indptr = step.qo_indptr()};
+      StepValues values = {.lengths = step.lengths(),
+                           .kv_indptr = step.indptr(),
+                           .kv_indices = step.indices(),
+                           .slots = tokens,
+                           .positions = tokens,
+                           .qo_indptr = step.qo_indptr()};
+      const std::vector<int32_t> table = step.BlockTable(step.requests(), kTableWidth);
+      if (block_table) values.kv_indptr = {}, values.kv_indices = {}, values.block_table = table;
       const Extent extent = {step.requests(), step.tokens()};
       for (const DeviceBuffer* const buffer : {&q, &k, &v}) {
         ASSERT_OK(this->stream_->Fill(buffer->template As<std::byte>(), std::byte{0xff}));
@@ -180,7 +192,8 @@ class StepAttentionTest : public DeviceTest<BackendT> {
       ASSERT_OK(Upload(*this->stream_, scales.As<float>(), {step.shape().k_scale, step.shape().v_scale}));
       ASSERT_OK(Upload(*this->stream_, sinks.As<float>(), step.sinks()));
       for (const bool replay : {false, true}) {
-        SCOPED_TRACE(absl::StrCat(replay ? "replay" : "eager", ", k_scale ", k_scale));
+        SCOPED_TRACE(
+            absl::StrCat(replay ? "replay" : "eager", block_table ? ", block table" : "", ", k_scale ", k_scale));
         ASSERT_OK(this->stream_->Fill(out.As<std::byte>(), std::byte{0xff}));
         ASSERT_OK(this->stream_->Fill(lse.As<std::byte>(), std::byte{0xff}));
         ASSERT_OK(manager_->BeginStep(bucket, extent));

@@ -1,8 +1,12 @@
 #include "pristine/attention/step_metadata.h"
 
+#include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <memory>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/attention/decode_rig.h"
 #include "tests/support/backends.h"
 #include "tests/support/status_matchers.h"
@@ -147,6 +151,94 @@ TYPED_TEST(StepMetadataTest, ValuesThatWereNotAskedForAreRefused) {
   values.qo_indptr = {};
   values.state_slots = two;
   EXPECT_STATUS(this->metadata_->Refill(values), kInvalidArgument, "config.state_slots is 0");
+  values.state_slots = {};
+  values.block_table = two;
+  EXPECT_STATUS(this->metadata_->Refill(values), kInvalidArgument, "config.block_table_width is 0");
+}
+
+// What lies behind a request's pages in the engine's table, and what an earlier step or a kernel left in ours, reaches
+// no kernel: a page that is another request's by now, or no page at all.
+TYPED_TEST(StepMetadataTest, ABlockTableThatShrinksLeavesNoStaleColumns) {
+  StepMetadataConfig config = Config();
+  config.max_step_pages = 0;
+  config.block_table_width = 8;
+  ASSERT_OK_AND_ASSIGN(this->metadata_, StepMetadata::Create(*this->manager_, config));
+  ASSERT_OK(this->manager_->Seal());
+  EXPECT_TRUE(this->metadata_->kv_indptr().live.empty() && this->metadata_->kv_indices().live.empty());
+  EXPECT_EQ(this->metadata_->block_table().live.size(), 4u * 8u);
+  ASSERT_OK(this->manager_->RestoreAll(*this->stream_, {4, 4}));
+  EXPECT_EQ(this->Read(this->metadata_->block_table()), Values(32, 9));
+
+  constexpr int32_t kWild = 2147480000;
+  Values table = {1,     2,     3,     4,     5,     6,     7,     kWild,  // 7 pages of 100 tokens
+                  kWild, kWild, kWild, kWild, kWild, kWild, kWild, kWild,  // none
+                  8,     -1,    3,     4,     5,     6,     7,     1};     // 1 of 16
+  const auto refill = [&](const Values& lengths) {
+    const int32_t requests = static_cast<int32_t>(lengths.size());
+    const Values zeros(requests, 0);
+    ASSERT_OK(this->manager_->BeginStep({4, 4}, {requests, requests}));
+    ASSERT_OK(this->metadata_->Refill({.lengths = lengths,
+                                       .kv_indptr = {},
+                                       .kv_indices = {},
+                                       .slots = zeros,
+                                       .positions = zeros,
+                                       .block_table = absl::MakeConstSpan(table).first(requests * 8)}));
+    ASSERT_OK(this->manager_->BeforeReplay(*this->stream_, {4, 4}, {requests, requests}));
+    ASSERT_OK(this->stream_->Fill(AsWritableBytes(this->metadata_->block_table().live), std::byte{0x7f}));
+    ASSERT_OK(this->manager_->RecordPrologue(*this->stream_, {4, 4}));
+  };
+  refill({100, 0, 16});
+  EXPECT_EQ(this->Read(this->metadata_->block_table()),
+            (Values{1, 2, 3, 4, 5, 6, 7, 9, 9, 9, 9, 9, 9, 9, 9, 9, 8, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9}));
+  refill({17, 0});
+  EXPECT_EQ(this->Read(this->metadata_->block_table()),
+            (Values{1, 2, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9}));
+  std::vector<Violation> violations(4);
+  EXPECT_EQ(this->manager_->Poll(absl::MakeSpan(violations)), 0u);
+
+  // A page of a request that the pool does not have is reported, and so is a length beyond the table.
+  table[1] = kWild;
+  refill({32, 0});
+  EXPECT_EQ(this->Read(this->metadata_->block_table()), Values(32, 9));
+  ASSERT_GT(this->manager_->Poll(absl::MakeSpan(violations)), 0u);
+  table[1] = 2;
+  refill({std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()});
+  EXPECT_EQ(this->Read(this->metadata_->block_table()), Values(32, 9));
+  EXPECT_GT(this->manager_->Poll(absl::MakeSpan(violations)), 0u);
+}
+
+TYPED_TEST(StepMetadataTest, ABlockTableStandsForIndptrAndIndices) {
+  StepMetadataConfig config = Config();
+  config.block_table_width = 7;
+  EXPECT_STATUS(StepMetadata::Create(*this->manager_, config), kInvalidArgument,
+                "max_step_pages is 12, must be 0 with a block table");
+  config.max_step_pages = 0;
+  for (const int32_t width : {-1, 6, 1 << 29}) {
+    config.block_table_width = width;
+    EXPECT_STATUS(StepMetadata::Create(*this->manager_, config), kInvalidArgument,
+                  absl::StrCat("block_table_width is ", width, ", must be in [7 (the pages of max_length)").c_str());
+  }
+  config.block_table_width = 7;
+  ASSERT_OK_AND_ASSIGN(this->metadata_, StepMetadata::Create(*this->manager_, config));
+  ASSERT_OK(this->manager_->Seal());
+  ASSERT_OK(this->manager_->BeginStep({4, 4}, {2, 2}));
+  const Values two = {1, 1}, three = {0, 1, 2}, table(14, 1), more(21, 1);
+  const StepValues good = {
+      .lengths = two, .kv_indptr = {}, .kv_indices = {}, .slots = two, .positions = two, .block_table = table};
+  const auto refused = [&](auto change, const char* part) {
+    StepValues values = good;
+    change(values);
+    EXPECT_STATUS(this->metadata_->Refill(values), kInvalidArgument, part);
+  };
+  refused([&](StepValues& v) { v.kv_indptr = three; }, "step.kv_indptr has 3 values, must have 0 (a block table");
+  refused([&](StepValues& v) { v.kv_indices = two; }, "step.kv_indices has 2 values, must have 0");
+  refused([&](StepValues& v) { v.block_table = {}; }, "step.block_table has 0 values, must have 14");
+  refused([&](StepValues& v) { v.block_table = more; }, "step.block_table has 21 values, must have 14");
+  const Values many(100, 1), many_table(700, 1);
+  StepValues large = good;
+  large.lengths = large.slots = large.positions = many, large.block_table = many_table;
+  EXPECT_STATUS(this->metadata_->Refill(large), kOutOfRange, "the buffer holds 4");
+  EXPECT_OK(this->metadata_->Refill(good));
 }
 
 TYPED_TEST(StepMetadataTest, RefillNeedsAnOpenStep) {

@@ -40,22 +40,38 @@ using conformance::Conforms;
 
 float Scale(const AttentionShape& shape) { return 1 / std::sqrt(static_cast<float>(shape.head_dim)); }
 
+// A page more than a request can have.
+int32_t TableWidth(const AttentionShape& shape) { return (shape.max_length - 1) / shape.page_size + 2; }
+
+// The step's pages as an engine's block table, which holds anything where no request has a page.
+std::vector<int32_t> BlockTable(const StepValues& step, int32_t width) {
+  std::vector<int32_t> table(step.lengths.size() * width, 2147480000);
+  for (size_t r = 0; r < step.lengths.size(); ++r) {
+    std::copy(step.kv_indices.begin() + step.kv_indptr[r], step.kv_indices.begin() + step.kv_indptr[r + 1],
+              table.begin() + r * width);
+  }
+  return table;
+}
+
 // StepMetadata, a plan and PagedDecode, for target verify if the shape has several queries; with a sliding window if
-// `window` > 0.
+// `window` > 0, over a block table if `block_table`.
 class DecodeWrapper : public conformance::AttentionWrapper {
  public:
   static absl::StatusOr<std::unique_ptr<DecodeWrapper>> Create(Device& device, const AttentionShape& shape,
                                                                int32_t window,
-                                                               DecodeScheduler scheduler = DecodeScheduler::kDevice) {
-    std::unique_ptr<DecodeWrapper> wrapper(new DecodeWrapper(shape));
+                                                               DecodeScheduler scheduler = DecodeScheduler::kDevice,
+                                                               bool block_table = false) {
+    std::unique_ptr<DecodeWrapper> wrapper(new DecodeWrapper(shape, block_table ? TableWidth(shape) : 0));
     PRISTINE_ASSIGN_OR_RETURN(wrapper->manager_, BufferManager::Create(device));
-    PRISTINE_ASSIGN_OR_RETURN(wrapper->metadata_,
-                              StepMetadata::Create(*wrapper->manager_, {.max_requests = shape.max_requests(),
-                                                                        .max_tokens = shape.max_tokens(),
-                                                                        .page_size = shape.page_size,
-                                                                        .num_pages = shape.num_pages(),
-                                                                        .max_step_pages = shape.max_step_pages(),
-                                                                        .max_length = shape.max_length}));
+    PRISTINE_ASSIGN_OR_RETURN(
+        wrapper->metadata_,
+        StepMetadata::Create(*wrapper->manager_, {.max_requests = shape.max_requests(),
+                                                  .max_tokens = shape.max_tokens(),
+                                                  .page_size = shape.page_size,
+                                                  .num_pages = shape.num_pages(),
+                                                  .max_step_pages = block_table ? 0 : shape.max_step_pages(),
+                                                  .max_length = shape.max_length,
+                                                  .block_table_width = wrapper->table_width_}));
     attention::DecodePlanConfig plan = {.q_len = shape.q_len,
                                         .q_heads = shape.q_heads,
                                         .kv_heads = shape.kv_heads,
@@ -76,7 +92,13 @@ class DecodeWrapper : public conformance::AttentionWrapper {
   absl::Status Prepare(Stream& stream, int32_t bucket, const StepValues& step) override {
     const int32_t real = static_cast<int32_t>(step.lengths.size());
     PRISTINE_RETURN_IF_ERROR(manager_->BeginStep(Of(bucket), Of(real)));
-    PRISTINE_RETURN_IF_ERROR(metadata_->Refill(step));
+    StepValues values = step;
+    std::vector<int32_t> table;
+    if (table_width_ > 0) {
+      table = BlockTable(step, table_width_);
+      values.kv_indptr = {}, values.kv_indices = {}, values.block_table = table;
+    }
+    PRISTINE_RETURN_IF_ERROR(metadata_->Refill(values));
     PRISTINE_RETURN_IF_ERROR(plan_->Plan(Of(bucket), step.lengths));
     return manager_->BeforeReplay(stream, Of(bucket), Of(real));
   }
@@ -101,22 +123,30 @@ class DecodeWrapper : public conformance::AttentionWrapper {
                          .lse = {reinterpret_cast<attention::LseBase2*>(t.lse.address()), t.lse.size()},
                          .kv_indptr = metadata_->kv_indptr().live,
                          .kv_indices = metadata_->kv_indices().live,
-                         .lengths = metadata_->lengths().live});
+                         .lengths = metadata_->lengths().live,
+                         .block_table = metadata_->block_table().live,
+                         .block_table_stride = table_width_});
   }
   std::vector<BoundArray> BoundArrays() override {
-    return {{Kind::kLength, metadata_->lengths().live, shape_.max_length},
-            {Kind::kIndptr, metadata_->kv_indptr().live, shape_.max_step_pages()},
-            {Kind::kPageTable, metadata_->kv_indices().live, shape_.num_pages()},
-            {Kind::kSlot, metadata_->slots().live, shape_.num_pages() * shape_.page_size},
-            {Kind::kPosition, metadata_->positions().live, shape_.max_length}};
+    std::vector<BoundArray> arrays = {{Kind::kLength, metadata_->lengths().live, shape_.max_length},
+                                      {Kind::kSlot, metadata_->slots().live, shape_.num_pages() * shape_.page_size},
+                                      {Kind::kPosition, metadata_->positions().live, shape_.max_length}};
+    if (table_width_ > 0) {
+      arrays.push_back({Kind::kPageTable, metadata_->block_table().live, shape_.num_pages()});
+    } else {
+      arrays.push_back({Kind::kIndptr, metadata_->kv_indptr().live, shape_.max_step_pages()});
+      arrays.push_back({Kind::kPageTable, metadata_->kv_indices().live, shape_.num_pages()});
+    }
+    return arrays;
   }
   BufferManager& manager() { return *manager_; }
 
  private:
-  explicit DecodeWrapper(const AttentionShape& shape) : shape_(shape) {}
+  DecodeWrapper(const AttentionShape& shape, int32_t table_width) : shape_(shape), table_width_(table_width) {}
   Extent Of(int32_t requests) const { return {requests, requests * shape_.q_len}; }
 
   const AttentionShape shape_;
+  const int32_t table_width_;  // 0: kv_indptr and kv_indices
   std::unique_ptr<BufferManager> manager_;
   std::unique_ptr<StepMetadata> metadata_;
   std::unique_ptr<DecodePlan> plan_;
@@ -333,6 +363,16 @@ TYPED_TEST(OurWrappersTest, TargetVerifyConforms) {
   this->ExpectConforms({.dtype = DType::kBFloat16, .q_len = 5, .page_size = 3, .buckets = {3}, .appends = true});
   this->ExpectConforms({.dtype = DType::kBFloat16, .q_len = 2, .page_size = 1, .buckets = {3}, .attended = last_eleven},
                        11);
+}
+
+TYPED_TEST(OurWrappersTest, DecodeOverABlockTableConforms) {
+  const AttentionShape shapes[] = {{}, {.dtype = DType::kBFloat16, .q_len = 3, .page_size = 3, .buckets = {2, 4}}};
+  for (const AttentionShape& shape : shapes) {
+    ASSERT_OK_AND_ASSIGN(const auto wrapper,
+                         DecodeWrapper::Create(*this->device_, shape, 0, DecodeScheduler::kDevice, true));
+    EXPECT_TRUE(Conforms(*this->stream_, *wrapper, shape));
+    this->ExpectClean(wrapper->manager());
+  }
 }
 
 TYPED_TEST(OurWrappersTest, AChainThatIsOffByOneIsAWrongValueOfAQuery) {

@@ -52,7 +52,8 @@ struct StepAttentionTensors {
   DeviceSpan<const float> sinks = {};    // [q_heads] logits, natural log; empty: none
 };
 
-// Reads lengths, kv_indptr, kv_indices and, where requests may differ, qo_indptr of the metadata. Not thread-safe.
+// Reads of the metadata: lengths; kv_indptr and kv_indices, or the block table where it has one; and, where requests may
+// differ, qo_indptr. Not thread-safe.
 class StepAttention {
  public:
   // Registers what the kernels need with `manager`, whose device Route is asked about. `manager` and `metadata` must
