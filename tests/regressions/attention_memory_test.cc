@@ -9,6 +9,7 @@
 
 #include "pristine/attention/append_kv.h"
 #include "tests/attention/decode_rig.h"
+#include "tests/attention/prefill_rig.h"
 #include "tests/support/backends.h"
 #include "tests/support/status_matchers.h"
 
@@ -225,6 +226,47 @@ TYPED_TEST(AttentionMemoryRegression, SglKernel32BitOffsetsOfADecodePast4GElemen
   ASSERT_OK(rig.Begin(4, step, 4));
   ASSERT_OK(rig.RunEagerly(4, 4));
   EXPECT_EQ(rig.Check(4, step, 4), "");
+}
+
+TYPED_TEST(AttentionMemoryRegression, SglKernel32BitOffsetsOfAPrefillPast4GElementsDoNotWrap) {
+  PrefillShape shape = {.dtype = DType::kBFloat16, .kv_dtype = DType::kBFloat16, .page_size = 16, .seed = 824};
+  const size_t page = size_t{2} * shape.page_size * shape.kv_heads * shape.head_dim;  // bytes
+  const int64_t first = (int64_t{1} << 33) / static_cast<int64_t>(page);
+  const PrefillCase size_of(shape, {40, 7, 1, 33}, {100, 7, 64, 40});
+  const size_t bytes = (first + size_of.num_pages()) * page;
+  const DeviceSpan<std::byte> k = this->Vast(bytes), v = this->Vast(bytes);
+  if (k.empty() || v.empty()) GTEST_SKIP() << "this machine does not give " << 2 * bytes << " bytes";
+  // Every page of the step lies past 2^32 elements; where offsets of 32 bits would look there is NaN.
+  for (const KvLayout layout : {KvLayout::kNHD, KvLayout::kHND}) {
+    shape.layout = layout;
+    const PrefillCase step(shape, {40, 7, 1, 33}, {100, 7, 64, 40});
+    const Extent bucket = {5, 90};
+    for (const bool values : {false, true}) {
+      const DeviceSpan<std::byte> pool = values ? v : k;
+      const Bytes pages = step.Pool(values);
+      ASSERT_OK(this->stream_->Fill(pool.Sub(0, pages.size()), std::byte{0xff}));
+      ASSERT_OK(this->stream_->Fill(pool.Sub(size_t{1} << 32, pages.size()), std::byte{0xff}));
+      ASSERT_OK(Upload(*this->stream_, pool.Sub(first * page, pages.size()), pages));
+    }
+    Ints far(step.indices());
+    for (int32_t& number : far) number += static_cast<int32_t>(first);
+    const DeviceSpan<int32_t> far_indices = this->Put(far);
+    for (const attention::PrefillVariant* const variant : RunnableVariants(*this->device_, shape)) {
+      SCOPED_TRACE(absl::StrCat(variant->kernel.name, ": ", shape.ToString()));
+      ASSERT_OK_AND_ASSIGN(
+          const std::unique_ptr<PrefillRig> rig,
+          PrefillRig::Create(
+              *this->device_, *this->stream_, shape,
+              {.buckets = {bucket}, .max_length = 100, .num_pages = step.num_pages(), .variant = variant}));
+      ASSERT_OK(rig->Load(step));
+      rig->tensors.k = k;
+      rig->tensors.v = v;
+      rig->tensors.kv_indices = far_indices;
+      ASSERT_OK(rig->Begin(bucket, step));
+      ASSERT_OK(rig->RunEagerly(bucket, step));
+      EXPECT_EQ(rig->Check(bucket, step), "");
+    }
+  }
 }
 
 }  // namespace
