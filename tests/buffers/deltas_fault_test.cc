@@ -1,7 +1,6 @@
 // Buffers with deltas when a step does not go through: the device's shadow never misses a change without saying so, and
 // what the device did not get goes with the next step that takes the buffer.
 #include "buffers/deltas.h"
-
 #include "tests/buffers/deltas_rig.h"
 
 namespace pristine::testing {
