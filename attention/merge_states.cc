@@ -28,53 +28,62 @@ bool Take(int64_t steps, int64_t stride, int64_t& left) {
   return true;
 }
 
-absl::Status CheckAligned(const std::string& what, const void* address, uintptr_t alignment) {
+// Who is asked about: merge_state: a. Two texts and no string, so that a call that goes well allocates nothing.
+struct Name {
+  const char* op;
+  const char* tensor;
+  std::string Text() const { return absl::StrCat(op, ": ", tensor); }
+};
+
+absl::Status CheckAligned(const Name& name, const char* part, const void* address, uintptr_t alignment) {
   if (address != nullptr && reinterpret_cast<uintptr_t>(address) % alignment == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(what, " must be aligned to ", alignment, " bytes and not null"));
+  return absl::InvalidArgumentError(
+      absl::StrCat(name.Text(), part, " must be aligned to ", alignment, " bytes and not null"));
 }
 
 // Checks one tensor pair against `rows` > 0 rows, and puts strides where 0 stood. StatesT: States or MutableStates.
 template <class StatesT>
-absl::Status Resolve(const std::string& name, const MergeShape& shape, int64_t rows, bool needs_lse, StatesT& states) {
+absl::Status Resolve(const Name& name, const MergeShape& shape, int64_t rows, bool needs_lse, StatesT& states) {
   const int64_t element = static_cast<int64_t>(SizeOf(shape.dtype));
   const int64_t row = int64_t{shape.heads} * shape.head_dim;
   if (states.v_stride == 0) states.v_stride = row;
   if (states.lse_stride == 0) states.lse_stride = shape.heads;
   if (states.lse_head_stride == 0) states.lse_head_stride = 1;
   if (states.v_stride < row || states.v_stride % (static_cast<int64_t>(kAlignment) / element) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(name, ".v_stride is ", states.v_stride,
+    return absl::InvalidArgumentError(absl::StrCat(name.Text(), ".v_stride is ", states.v_stride,
                                                    ", must be 0 or at least heads * head_dim = ", row,
                                                    " and a multiple of ", static_cast<int64_t>(kAlignment) / element));
   }
   if (states.lse_stride < 1 || states.lse_head_stride < 1) {
-    return absl::InvalidArgumentError(absl::StrCat(name, ".lse_stride is ", states.lse_stride, " and lse_head_stride ",
-                                                   states.lse_head_stride, ", both must be at least 0"));
+    return absl::InvalidArgumentError(absl::StrCat(name.Text(), ".lse_stride is ", states.lse_stride,
+                                                   " and lse_head_stride ", states.lse_head_stride,
+                                                   ", both must be at least 0"));
   }
   const int64_t v_size = static_cast<int64_t>(states.v.bytes()) / element;
   int64_t left = v_size - row;
   if (left < 0 || !Take(rows - 1, states.v_stride, left)) {
-    return absl::InvalidArgumentError(absl::StrCat(name, ".v has ", v_size, " elements, needs ", rows, " rows of ", row,
-                                                   ", ", states.v_stride, " apart"));
+    return absl::InvalidArgumentError(absl::StrCat(name.Text(), ".v has ", v_size, " elements, needs ", rows,
+                                                   " rows of ", row, ", ", states.v_stride, " apart"));
   }
-  PRISTINE_RETURN_IF_ERROR(CheckAligned(absl::StrCat(name, ".v"), states.v.address(), kAlignment));
+  PRISTINE_RETURN_IF_ERROR(CheckAligned(name, ".v", states.v.address(), kAlignment));
   if (!needs_lse && states.lse.empty()) return absl::OkStatus();
   left = static_cast<int64_t>(states.lse.size()) - 1;
   if (left < 0 || !Take(rows - 1, states.lse_stride, left) || !Take(shape.heads - 1, states.lse_head_stride, left)) {
-    return absl::InvalidArgumentError(absl::StrCat(name, ".lse has ", states.lse.size(), " elements, needs ", rows,
-                                                   " rows, ", states.lse_stride, " apart, of ", shape.heads, " heads, ",
-                                                   states.lse_head_stride, " apart"));
+    return absl::InvalidArgumentError(absl::StrCat(name.Text(), ".lse has ", states.lse.size(), " elements, needs ",
+                                                   rows, " rows, ", states.lse_stride, " apart, of ", shape.heads,
+                                                   " heads, ", states.lse_head_stride, " apart"));
   }
-  return CheckAligned(absl::StrCat(name, ".lse"), states.lse.address(), sizeof(float));
+  return CheckAligned(name, ".lse", states.lse.address(), sizeof(float));
 }
 
 // A written element has one writer: the strides of an output must not fold rows and heads onto each other.
-absl::Status CheckDistinct(const std::string& name, const MergeShape& shape, int64_t rows, const MutableStates& out) {
+absl::Status CheckDistinct(const Name& name, const MergeShape& shape, int64_t rows, const MutableStates& out) {
   if (out.lse.empty() || rows == 1 || shape.heads == 1) return absl::OkStatus();
   // Resolve has seen that the products fit.
   if (out.lse_stride > (shape.heads - 1) * out.lse_head_stride || out.lse_head_stride > (rows - 1) * out.lse_stride) {
     return absl::OkStatus();
   }
-  return absl::InvalidArgumentError(absl::StrCat(name, ".lse_stride ", out.lse_stride, " and lse_head_stride ",
+  return absl::InvalidArgumentError(absl::StrCat(name.Text(), ".lse_stride ", out.lse_stride, " and lse_head_stride ",
                                                  out.lse_head_stride, " put several of ", rows, " rows and ",
                                                  shape.heads, " heads at one place"));
 }
@@ -122,12 +131,11 @@ absl::Status LaunchPair(Stream& stream, const MergeVariant& variant, const Merge
 
 absl::Status LaunchSets(Stream& stream, const char* op, const MergeVariant& variant, const MergeShape& shape,
                         States states, MutableStates out, MergeSetsParams params) {
-  const std::string name = absl::StrCat(op, ": ");
   if (params.num_states > 0) {
-    PRISTINE_RETURN_IF_ERROR(Resolve(name + "states", shape, params.num_states, true, states));
+    PRISTINE_RETURN_IF_ERROR(Resolve({op, "states"}, shape, params.num_states, true, states));
   }
-  PRISTINE_RETURN_IF_ERROR(Resolve(name + "out", shape, params.rows, false, out));
-  PRISTINE_RETURN_IF_ERROR(CheckDistinct(name + "out", shape, params.rows, out));
+  PRISTINE_RETURN_IF_ERROR(Resolve({op, "out"}, shape, params.rows, false, out));
+  PRISTINE_RETURN_IF_ERROR(CheckDistinct({op, "out"}, shape, params.rows, out));
   params.states = Input(states);
   params.out = Output(out);
   params.heads = shape.heads;
@@ -147,8 +155,8 @@ absl::Status LaunchConvert(Stream& stream, size_t from_size, size_t to_size, con
         absl::StrCat("convert_lse: from has ", from_size, " elements, to has ", to_size, ", both must have as many"));
   }
   if (from_size == 0) return absl::OkStatus();
-  PRISTINE_RETURN_IF_ERROR(CheckAligned("convert_lse: from", params.from, sizeof(float)));
-  PRISTINE_RETURN_IF_ERROR(CheckAligned("convert_lse: to", params.to, sizeof(float)));
+  PRISTINE_RETURN_IF_ERROR(CheckAligned({"convert_lse", "from"}, "", params.from, sizeof(float)));
+  PRISTINE_RETURN_IF_ERROR(CheckAligned({"convert_lse", "to"}, "", params.to, sizeof(float)));
   return Launch(stream, kConvertLse, params);
 }
 
@@ -162,10 +170,10 @@ absl::Status MergeState(Stream& stream, const MergeShape& shape, int32_t rows, c
   if (rows == 0) return absl::OkStatus();
   States first = a, second = b;
   MutableStates merged = out;
-  PRISTINE_RETURN_IF_ERROR(Resolve("merge_state: a", shape, rows, true, first));
-  PRISTINE_RETURN_IF_ERROR(Resolve("merge_state: b", shape, rows, true, second));
-  PRISTINE_RETURN_IF_ERROR(Resolve("merge_state: out", shape, rows, false, merged));
-  PRISTINE_RETURN_IF_ERROR(CheckDistinct("merge_state: out", shape, rows, merged));
+  PRISTINE_RETURN_IF_ERROR(Resolve({"merge_state", "a"}, shape, rows, true, first));
+  PRISTINE_RETURN_IF_ERROR(Resolve({"merge_state", "b"}, shape, rows, true, second));
+  PRISTINE_RETURN_IF_ERROR(Resolve({"merge_state", "out"}, shape, rows, false, merged));
+  PRISTINE_RETURN_IF_ERROR(CheckDistinct({"merge_state", "out"}, shape, rows, merged));
   return LaunchPair(stream, *variant, shape,
                     {.a = Input(first),
                      .b = Input(second),
@@ -183,9 +191,9 @@ absl::Status MergeStateInPlace(Stream& stream, const MergeShape& shape, int32_t 
   if (rows == 0) return absl::OkStatus();
   MutableStates merged = a;
   States second = b;
-  PRISTINE_RETURN_IF_ERROR(Resolve("merge_state_in_place: a", shape, rows, true, merged));
-  PRISTINE_RETURN_IF_ERROR(CheckDistinct("merge_state_in_place: a", shape, rows, merged));
-  PRISTINE_RETURN_IF_ERROR(Resolve("merge_state_in_place: b", shape, rows, true, second));
+  PRISTINE_RETURN_IF_ERROR(Resolve({"merge_state_in_place", "a"}, shape, rows, true, merged));
+  PRISTINE_RETURN_IF_ERROR(CheckDistinct({"merge_state_in_place", "a"}, shape, rows, merged));
+  PRISTINE_RETURN_IF_ERROR(Resolve({"merge_state_in_place", "b"}, shape, rows, true, second));
   if (!mask.empty() && (mask.address() == nullptr || static_cast<int64_t>(mask.size()) < rows)) {
     return absl::InvalidArgumentError(absl::StrCat("merge_state_in_place: mask has ", mask.size(),
                                                    " bytes, must be empty or have one for each of ", rows, " rows"));
@@ -235,7 +243,7 @@ absl::Status MergeRaggedStates(Stream& stream, const MergeShape& shape, int32_t 
     return absl::InvalidArgumentError(absl::StrCat("merge_ragged_states: indptr has ", indptr.size(),
                                                    " elements, needs rows + 1 = ", int64_t{rows} + 1));
   }
-  PRISTINE_RETURN_IF_ERROR(CheckAligned("merge_ragged_states: indptr", indptr.address(), sizeof(int32_t)));
+  PRISTINE_RETURN_IF_ERROR(CheckAligned({"merge_ragged_states", "indptr"}, "", indptr.address(), sizeof(int32_t)));
   MergeSetsParams params = {};
   params.indptr = indptr.address();
   params.num_states = num_states;

@@ -26,11 +26,11 @@ absl::Status CheckTensor(const char* op, const char* what, const void* address, 
 
 absl::Status CheckRows(const char* op, const char* what, const Rows& rows, size_t element_bytes, int64_t tokens,
                        int64_t width, int64_t& stride) {
-  constexpr int64_t kMaxStride = int64_t{1} << 40;  // so that no product below overflows
+  constexpr int64_t kMaxStride = int64_t{1} << 31;  // times at most 2^31 tokens: no offset overflows
   stride = rows.stride == 0 ? width : rows.stride;
   if (stride < width || stride > kMaxStride) {
     return absl::InvalidArgumentError(absl::StrCat(op, ": ", what, " has a row stride of ", stride,
-                                                   " elements; its rows have ", width, ", and at most ", kMaxStride));
+                                                   " elements; must be 0 or in [", width, ", ", kMaxStride, "]"));
   }
   const int64_t need = tokens == 0 ? 0 : (tokens - 1) * stride + width;
   return CheckTensor(op, what, rows.data.address(), rows.data.bytes(), element_bytes, need, element_bytes);

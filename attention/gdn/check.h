@@ -18,7 +18,7 @@ absl::Status CheckDType(const char* op, const char* what, DType dtype);
 absl::Status CheckTensor(const char* op, const char* what, const void* address, size_t bytes, size_t element_bytes,
                          int64_t need, size_t alignment);
 // Of `tokens` rows of `width` elements; sets `stride` to the rows' distance. INVALID_ARGUMENT as above, or a stride
-// that is below `width`.
+// that is below `width` or above 2^31. `tokens` is at most 2^31, so that no offset overflows.
 absl::Status CheckRows(const char* op, const char* what, const Rows& rows, size_t element_bytes, int64_t tokens,
                        int64_t width, int64_t& stride);
 // `what`, of op `op`, must hold at least `slots` slots of `v_heads` heads that its memory has room for and whose states

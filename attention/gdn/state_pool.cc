@@ -40,22 +40,31 @@ absl::Status ZeroSlot(Stream& stream, DeviceSpan<std::byte> states, int64_t slot
 absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(Device& device, DType dtype, int32_t v_heads,
                                                              int32_t slots, const StatePoolOptions& options) {
   constexpr int32_t kMaxLayers = 1 << 16;
-  if (v_heads < 1 || slots < 1 || slots > std::numeric_limits<int32_t>::max() - 1 || options.layers < 1 ||
-      options.layers > kMaxLayers || options.conv_dim < 0) {
+  constexpr int32_t kMaxSlots = std::numeric_limits<int32_t>::max() - 1;
+  constexpr int64_t kMaxSlotElements = int64_t{1} << 31;  // that the ops take
+  if (v_heads < 1 || slots < 1 || slots > kMaxSlots || options.layers < 1 || options.layers > kMaxLayers ||
+      options.conv_dim < 0) {
     return absl::InvalidArgumentError(absl::StrCat("state pool: v_heads is ", v_heads, ", slots ", slots, ", layers ",
                                                    options.layers, " and conv_dim ", options.conv_dim,
-                                                   "; the first three must be at least 1, the last at least 0"));
+                                                   "; v_heads must be at least 1, slots in [1, ", kMaxSlots,
+                                                   "], layers in [1, ", kMaxLayers, "], conv_dim at least 0"));
+  }
+  const int64_t stride = options.layers * (v_heads * kStateElements);
+  const int64_t conv_stride = int64_t{options.layers} * options.conv_dim * kConvHistory;
+  if (stride > kMaxSlotElements || conv_stride > kMaxSlotElements) {
+    return absl::InvalidArgumentError(absl::StrCat("state pool: layers is ", options.layers, ", v_heads ", v_heads,
+                                                   " and conv_dim ", options.conv_dim, ": a slot has ", stride,
+                                                   " elements of state and ", conv_stride,
+                                                   " of convolution inputs; both must be at most ", kMaxSlotElements));
   }
   PRISTINE_RETURN_IF_ERROR(CheckDType("state pool", "dtype", dtype));
   PRISTINE_RETURN_IF_ERROR(CheckDType("state pool", "conv_dtype", options.conv_dtype));
   auto pool = std::unique_ptr<StatePool>(new StatePool);
   const int32_t all = slots + 1;  // with slot 0
-  const int64_t stride = options.layers * (v_heads * kStateElements);
   PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());
   PRISTINE_ASSIGN_OR_RETURN(pool->memory_, MakeSlots(device, *stream, "GDN states", dtype, stride, all));
   pool->view_ = {dtype, v_heads, all, stride, pool->memory_.As<std::byte>(), PaddedRows::kSkip};
   if (options.conv_dim > 0) {
-    const int64_t conv_stride = int64_t{options.layers} * options.conv_dim * kConvHistory;
     PRISTINE_ASSIGN_OR_RETURN(
         pool->conv_memory_, MakeSlots(device, *stream, "GDN convolution states", options.conv_dtype, conv_stride, all));
     pool->conv_ = {options.conv_dtype, options.conv_dim, all, conv_stride, pool->conv_memory_.As<std::byte>()};
@@ -106,16 +115,26 @@ absl::Status StatePool::Free(Slot slot) {
 }
 
 absl::Status StatePool::Protect(BufferManager& manager, const std::string& name) const {
-  const auto protect = [&](const std::string& what, const auto& view) -> absl::Status {
-    const DeviceSpan<std::byte> all = view.states;
+  // All that can be taken back first, then what watches.
+  RegistrationScope registration(manager);
+  const auto adopt_slot0 = [&manager](const std::string& what, const auto& view) -> absl::Status {
     const size_t slot_bytes = static_cast<size_t>(view.slot_stride) * SizeOf(view.dtype);
     const std::vector<std::byte> zeros(slot_bytes);
     const BufferSpec slot0 = {.name = what + ".slot0", .role = Role::kConstant, .kind = Kind::kOpaque};
-    PRISTINE_RETURN_IF_ERROR(manager.Adopt<std::byte>(slot0, all.Sub(0, slot_bytes), zeros).status());
-    return manager.Protect(what, all.Sub(slot_bytes, all.size() - slot_bytes), SizeOf(view.dtype));
+    return manager.Adopt<std::byte>(slot0, view.states.Sub(0, slot_bytes), zeros).status();
   };
-  PRISTINE_RETURN_IF_ERROR(protect(name, view_));
-  return conv_.dim == 0 ? absl::OkStatus() : protect(name + ".conv", conv_);
+  const auto watch_others = [&manager](const std::string& what, const auto& view) {
+    const size_t slot_bytes = static_cast<size_t>(view.slot_stride) * SizeOf(view.dtype);
+    return manager.Protect(what, view.states.Sub(slot_bytes, view.states.size() - slot_bytes), SizeOf(view.dtype));
+  };
+  const bool conv = conv_.dim > 0;
+  const std::string conv_name = name + ".conv";
+  PRISTINE_RETURN_IF_ERROR(adopt_slot0(name, view_));
+  PRISTINE_RETURN_IF_ERROR(conv ? adopt_slot0(conv_name, conv_) : absl::OkStatus());
+  PRISTINE_RETURN_IF_ERROR(watch_others(name, view_));
+  PRISTINE_RETURN_IF_ERROR(conv ? watch_others(conv_name, conv_) : absl::OkStatus());
+  registration.Keep();
+  return absl::OkStatus();
 }
 
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows) {

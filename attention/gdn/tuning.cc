@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -78,20 +79,24 @@ absl::Status CheckTuning(const GdnTuning& tuning, const TunableKernel& kernel, i
   std::string compiled;
   for (const GdnTuning& c : kernel.compiled) {
     if (SameTile(c, tuning) && c.num_stages == tuning.num_stages) found = &c;
-    absl::StrAppend(&compiled, compiled.empty() ? "" : "; ", ToText(c));
+    absl::StrAppend(&compiled, compiled.empty() ? "" : "; ", ToText(c), " (", kernel.shared_bytes(c), " bytes)");
   }
+  if (found != nullptr && kernel.shared_bytes(*found) <= shared_bytes_per_block) return absl::OkStatus();
+  const std::string limit = shared_bytes_per_block == std::numeric_limits<int64_t>::max()
+                                ? "any number of"
+                                : absl::StrCat(shared_bytes_per_block);
+  const GdnTuning* const most = MostStages(tuning, kernel, shared_bytes_per_block);
+  const std::string stages =
+      most == nullptr ? "" : absl::StrCat("; PRISTINE_GDN_CHUNK_H_NUM_STAGES may be at most ", most->num_stages);
   if (found == nullptr) {
     return absl::InvalidArgumentError(absl::StrCat(kernel.name, ": ", ToText(tuning), " (PRISTINE_GDN_CHUNK_H_*)",
-                                                   " is not compiled; there is ", compiled));
+                                                   " is not compiled; there is ", compiled, "; the device has ", limit,
+                                                   " bytes of shared memory per block", stages));
   }
-  const int64_t need = kernel.shared_bytes(*found);
-  if (need <= shared_bytes_per_block) return absl::OkStatus();
-  const GdnTuning* const most = MostStages(tuning, kernel, shared_bytes_per_block);
-  return absl::InvalidArgumentError(absl::StrCat(
-      kernel.name, ": ", ToText(tuning), " needs ", need, " bytes of shared memory per block, the device has ",
-      shared_bytes_per_block, "; ",
-      most == nullptr ? "no number of stages fits: set PRISTINE_GDN_CHUNK_H_BV lower"
-                      : absl::StrCat("PRISTINE_GDN_CHUNK_H_NUM_STAGES may be at most ", most->num_stages)));
+  return absl::InvalidArgumentError(
+      absl::StrCat(kernel.name, ": ", ToText(tuning), " needs ", kernel.shared_bytes(*found),
+                   " bytes of shared memory per block, the device has ", limit,
+                   most == nullptr ? "; no number of stages fits: set PRISTINE_GDN_CHUNK_H_BV lower" : stages));
 }
 
 TuningPolicy::TuningPolicy(OnBadTuning on_bad, std::function<void(const std::string&)> warn)

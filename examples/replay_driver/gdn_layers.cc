@@ -5,6 +5,8 @@
 #include <utility>
 
 #include "examples/replay_driver/gdn_kernels.h"
+#include "pristine/attention/device_caps.h"
+#include "pristine/attention/gdn/prefill_gate.h"
 #include "pristine/graph_runtime/launch.h"
 #include "pristine/graph_runtime/status.h"
 
@@ -37,12 +39,11 @@ absl::StatusOr<std::unique_ptr<GdnLayers>> GdnLayers::Create(Device& device, con
       .layers = config.gdn.layers, .conv_dim = config.gdn.dim(), .conv_dtype = config.dtype};
   PRISTINE_ASSIGN_OR_RETURN(layers->pool_, gdn::StatePool::Create(device, attention::DType::kFloat32,
                                                                   config.gdn.v_heads, Slots(config), options));
-  if (HasPrefill(config)) {
+  // Where the gate is shut, for the device or for the CUDA of this build, contexts are taken in token by token.
+  if (HasPrefill(config) && gdn::CheckGdnPrefill(attention::CapsOf(device), {}).ok()) {
     const gdn::PrefillConfig prefill = {
         .largest = {1, PromptChunk(config)}, .qk_heads = config.gdn.qk_heads, .v_heads = config.gdn.v_heads};
-    absl::StatusOr<std::unique_ptr<gdn::Prefill>> made = gdn::Prefill::Create(device, prefill);
-    if (!made.ok() && !absl::IsUnimplemented(made.status())) return made.status();
-    if (made.ok()) layers->prefill_ = *std::move(made);
+    PRISTINE_ASSIGN_OR_RETURN(layers->prefill_, gdn::Prefill::Create(device, prefill));
   }
   PRISTINE_RETURN_IF_ERROR(layers->MakeLayers(device));
   PRISTINE_RETURN_IF_ERROR(layers->AllocateTensors(device));

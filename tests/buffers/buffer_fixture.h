@@ -31,6 +31,19 @@ inline BufferSpec Spec(const std::string& name, Role role, Kind kind = Kind::kOp
   return spec;
 }
 
+// A hook that refuses a replay, after the manager (added before it) has armed its step.
+class RefusingHook final : public GraphHook {
+ public:
+  bool refuse = false;
+  absl::Status BeforeCapture(Stream&, const RunInfo&) override { return absl::OkStatus(); }
+  absl::Status RecordPrologue(Stream&, const RunInfo&) override { return absl::OkStatus(); }
+  void AfterCapture(const RunInfo&, const absl::Status&) override {}
+  absl::Status BeforeReplay(Stream&, const RunInfo&) override {
+    return refuse ? absl::UnavailableError("not now") : absl::OkStatus();
+  }
+  void AfterReplay(Stream&, const RunInfo&, const absl::Status&) override {}
+};
+
 template <class BackendT>
 class BufferTest : public DeviceTest<BackendT> {
  protected:

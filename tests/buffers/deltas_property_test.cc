@@ -31,18 +31,6 @@ class Random {
   std::mt19937 engine_;
 };
 
-class Refuser final : public GraphHook {
- public:
-  bool refuse = false;
-  absl::Status BeforeCapture(Stream&, const RunInfo&) override { return absl::OkStatus(); }
-  absl::Status RecordPrologue(Stream&, const RunInfo&) override { return absl::OkStatus(); }
-  void AfterCapture(const RunInfo&, const absl::Status&) override {}
-  absl::Status BeforeReplay(Stream&, const RunInfo&) override {
-    return refuse ? absl::UnavailableError("not now") : absl::OkStatus();
-  }
-  void AfterReplay(Stream&, const RunInfo&, const absl::Status&) override {}
-};
-
 // A buffer with deltas and what it should hold. T: int32_t or Odd.
 template <class T>
 struct Table {
@@ -101,7 +89,7 @@ class DeltasPropertyTest : public BufferTest<BackendT> {
     if (random.Chance(50)) AddTable(odd, random);
     const auto other =
         this->Register(Spec("other", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(kRequests, 1));
-    Refuser refuser;
+    RefusingHook refuser;
     RunnerOptions runner;
     runner.buckets = kBuckets;
     runner.warmups = 1;

@@ -200,18 +200,6 @@ class RankTest : public BufferTest<BackendT> {
 };
 TYPED_TEST_SUITE(RankTest, AllBackends, BackendNames);
 
-class RefusingHook final : public GraphHook {
- public:
-  bool refuse = false;
-  absl::Status BeforeCapture(Stream&, const RunInfo&) override { return absl::OkStatus(); }
-  absl::Status RecordPrologue(Stream&, const RunInfo&) override { return absl::OkStatus(); }
-  void AfterCapture(const RunInfo&, const absl::Status&) override {}
-  absl::Status BeforeReplay(Stream&, const RunInfo&) override {
-    return refuse ? absl::UnavailableError("not now") : absl::OkStatus();
-  }
-  void AfterReplay(Stream&, const RunInfo&, const absl::Status&) override {}
-};
-
 TYPED_TEST(RankTest, ARefusedReplayHasLaunchedNothing) {
   for (const size_t parameter_bytes : {size_t{0}, ManagerOptions::kMaxParameterBytes}) {
     SCOPED_TRACE(parameter_bytes);

@@ -195,23 +195,10 @@ TYPED_TEST(StepTest, ReplayingANamedBucketWithNothingIsAllPadding) {
   EXPECT_EQ(Describe(this->Poll()), "");
 }
 
-// A hook that refuses after the manager has armed its step.
-class Refusing final : public GraphHook {
- public:
-  bool refuse = false;
-  absl::Status BeforeCapture(Stream&, const RunInfo&) override { return absl::OkStatus(); }
-  absl::Status RecordPrologue(Stream&, const RunInfo&) override { return absl::OkStatus(); }
-  void AfterCapture(const RunInfo&, const absl::Status&) override {}
-  absl::Status BeforeReplay(Stream&, const RunInfo&) override {
-    return refuse ? absl::UnavailableError("not now") : absl::OkStatus();
-  }
-  void AfterReplay(Stream&, const RunInfo&, const absl::Status&) override {}
-};
-
 TYPED_TEST(StepTest, ARefusedLaunchDoesNotCountAsArmed) {
   this->MakeManager();
   const auto lengths = this->Register(Spec("lengths", Role::kRefilled, Kind::kLength, Axis::Requests()), Ints(8, 1));
-  Refusing refusing;
+  RefusingHook refusing;
   RunnerOptions options;
   options.buckets = {kSmall};
   ASSERT_OK_AND_ASSIGN(this->runner_, GraphRunner::Create(options, kEmptyBody));

@@ -540,46 +540,5 @@ TYPED_TEST(CausalConv1dTest, RefusesWhatDoesNotFit) {
                 "the states have 0 slots");
 }
 
-template <class BackendT>
-class HybridPoolTest : public DeviceTest<BackendT> {};
-TYPED_TEST_SUITE(HybridPoolTest, AllBackends, BackendNames);
-
-TYPED_TEST(HybridPoolTest, ASlotHasBothStatesOfAllLayersAndStartsAsZeros) {
-  constexpr int32_t kLayers = 3, kDim = 40, kSlots = 2;
-  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<StatePool> pool,
-                       StatePool::Create(*this->device_, DType::kBFloat16, 2, kSlots,
-                                         {.layers = kLayers, .conv_dim = kDim, .conv_dtype = DType::kFloat32}));
-  ASSERT_OK(this->stream_->Fill(pool->view().states, std::byte{0xFF}));
-  ASSERT_OK(this->stream_->Fill(pool->conv_view().states, std::byte{0xFF}));
-  ASSERT_OK_AND_ASSIGN(const Slot slot, pool->Allocate(*this->stream_));
-  for (int32_t layer = 0; layer < kLayers; ++layer) {
-    const StateView view = pool->view(layer);
-    const ConvStateView conv = pool->conv_view(layer);
-    EXPECT_EQ(view.slots, kSlots + 1);
-    EXPECT_EQ(conv.slots, kSlots + 1);
-    EXPECT_EQ(view.slot_stride, kLayers * 2 * kStateElements);
-    EXPECT_EQ(conv.slot_stride, kLayers * kDim * 3);
-    ASSERT_OK_AND_ASSIGN(const Bytes states, ReadBytes(*this->stream_, view.states));
-    ASSERT_OK_AND_ASSIGN(const Bytes convs, ReadBytes(*this->stream_, conv.states));
-    for (Slot s = 0; s <= kSlots; ++s) {
-      const std::byte expected = s == slot ? std::byte{0} : std::byte{0xFF};
-      const size_t at = static_cast<size_t>(s * view.slot_stride) * 2, size = 2 * kStateElements * 2;
-      EXPECT_EQ(std::count(&states[at], &states[at] + size, expected), static_cast<std::ptrdiff_t>(size));
-      const size_t conv_at = static_cast<size_t>(s * conv.slot_stride) * 4, conv_size = size_t{kDim} * 3 * 4;
-      EXPECT_EQ(std::count(&convs[conv_at], &convs[conv_at] + conv_size, expected),
-                static_cast<std::ptrdiff_t>(conv_size));
-    }
-  }
-  for (const int32_t layer : {-1, kLayers}) {
-    EXPECT_EQ(pool->view(layer).slots, 0);
-    EXPECT_EQ(pool->conv_view(layer).slots, 0);
-  }
-  EXPECT_STATUS(StatePool::Create(*this->device_, DType::kFloat32, 1, 1, {.layers = 0}), kInvalidArgument, "layers 0");
-  EXPECT_STATUS(StatePool::Create(*this->device_, DType::kFloat32, 1, 1, {.conv_dim = -1}), kInvalidArgument,
-                "conv_dim -1");
-  EXPECT_STATUS(StatePool::Create(*this->device_, DType::kFloat32, 1, 1, {.conv_dtype = DType::kFloat16}),
-                kUnimplemented, "conv_dtype is float16");
-}
-
 }  // namespace
 }  // namespace pristine::testing

@@ -158,7 +158,12 @@ TEST(Tuning, OfThePrefillAsCompiled) {
   EXPECT_STATUS(CheckTuning({64, 8, 3}, kernel, 101376), kInvalidArgument, "needs 175152 bytes");
   EXPECT_STATUS(CheckTuning({}, kernel, 232448), kInvalidArgument,
                 "BV 32, 4 warps, 2 stages (PRISTINE_GDN_CHUNK_H_*) is not compiled; there is BV 128, 12 warps, 3 "
-                "stages; BV 64, 8 warps, 3 stages");
+                "stages (199728 bytes); BV 64, 8 warps, 3 stages (175152 bytes); the device has 232448 bytes of shared "
+                "memory per block");
+  EXPECT_STATUS(
+      CheckTuning({128, 12, 4}, kernel, 232448), kInvalidArgument,
+      "the device has 232448 bytes of shared memory per block; PRISTINE_GDN_CHUNK_H_NUM_STAGES may be at most "
+      "3");
   // Run chooses by bucket where nothing is set: then all must fit if the first does.
   for (const GdnTuning& c : kernel.compiled) {
     EXPECT_LE(kernel.shared_bytes(c), kernel.shared_bytes(kernel.compiled.front()));
@@ -182,7 +187,7 @@ TEST(Tuning, ErrorsSayNeedLimitAndTheMostStagesThatFit) {
                 "no number of stages fits: set PRISTINE_GDN_CHUNK_H_BV lower");
   EXPECT_STATUS(CheckTuning({48, 4, 2}, kernel, 232448), kInvalidArgument,
                 "BV 48, 4 warps, 2 stages (PRISTINE_GDN_CHUNK_H_*) is not compiled; there is BV 32, 4 warps, 1 "
-                "stages; BV 32, 4 warps, 2 stages");
+                "stages (69632 bytes); BV 32, 4 warps, 2 stages (139264 bytes)");
 }
 
 TEST(Tuning, FallsBackWhereAskedToWarnsOnceAndCounts) {

@@ -77,6 +77,12 @@ TYPED_TEST(GatesTest, RefusesWhatDoesNotFitAndLaunchesNothing) {
   bad = good;
   bad.a.stride = 3;
   EXPECT_STATUS(Gates(*this->stream_, 3, bad, out, out), kInvalidArgument, "a has a row stride of 3");
+  bad.a.stride = int64_t{1} << 40;  // times 2^24 rows: 0 in 64 bits
+  EXPECT_STATUS(Gates(*this->stream_, (1 << 24) + 1, bad, out, out), kInvalidArgument,
+                "a has a row stride of 1099511627776 elements; must be 0 or in [4, 2147483648]");
+  bad.a.stride = int64_t{1} << 31;
+  EXPECT_STATUS(Gates(*this->stream_, std::numeric_limits<int32_t>::max(), bad, out, out), kInvalidArgument,
+                "a has 12 elements, needs 4611686014132420612");
   EXPECT_STATUS(Gates(*this->stream_, 4, good, out, out), kInvalidArgument, "a has 12 elements, needs 16");
   EXPECT_STATUS(Gates(*this->stream_, -1, good, out, out), kInvalidArgument, "tokens is -1");
   EXPECT_STATUS(Gates(*this->stream_, 3, good, out.Sub(0, 11), out), kInvalidArgument, "g has 11 elements, needs 12");

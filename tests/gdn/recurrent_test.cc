@@ -18,7 +18,7 @@ namespace {
 
 using namespace attention::gdn;  // NOLINT(build/namespaces): the suite is about that namespace
 
-// The delta rule as the formulas have it, in double and token by token: S is [V, K].
+// The delta rule as recurrent.h has it, in double and token by token: S is [V, K].
 void Recur(const Layer& layer, int64_t token, int32_t head, std::vector<double>& state, double* out) {
   const int64_t at = token * layer.v_heads + head;
   const int32_t qk = head / (layer.v_heads / layer.qk_heads);
@@ -335,60 +335,7 @@ TYPED_TEST(RecurrentTest, RefusesWhatDoesNotFit) {
   EXPECT_STATUS(Commit(*this->stream_, 1, 2, good, pool, {}), kInvalidArgument, "accepted has 0 elements, needs 1");
 }
 
-template <class BackendT>
-class StatePoolTest : public DeviceTest<BackendT> {};
-TYPED_TEST_SUITE(StatePoolTest, AllBackends, BackendNames);
-
-TYPED_TEST(StatePoolTest, NeverHandsOutSlotZeroAndZeroesWhatItHandsOut) {
-  ASSERT_OK_AND_ASSIGN(std::unique_ptr<StatePool> pool, StatePool::Create(*this->device_, DType::kBFloat16, 2, 3));
-  ASSERT_OK(this->stream_->Fill(pool->view().states, std::byte{0xFF}));
-  std::vector<bool> seen(4);
-  for (int i = 0; i < 3; ++i) {
-    ASSERT_OK_AND_ASSIGN(const Slot slot, pool->Allocate(*this->stream_));
-    ASSERT_GE(slot, 1);
-    ASSERT_LE(slot, 3);
-    EXPECT_FALSE(seen[static_cast<size_t>(slot)]);
-    seen[static_cast<size_t>(slot)] = true;
-  }
-  EXPECT_STATUS(pool->Allocate(*this->stream_), kResourceExhausted, "all 3 slots are taken");
-  ASSERT_OK_AND_ASSIGN(const Bytes states, ReadBytes(*this->stream_, pool->view().states));
-  const size_t slot_bytes = states.size() / 4;
-  for (size_t i = 0; i < states.size(); ++i) {
-    ASSERT_EQ(states[i], i < slot_bytes ? std::byte{0xFF} : std::byte{0}) << i;
-  }
-  EXPECT_STATUS(pool->Free(0), kInvalidArgument, "slot 0 is not handed out");
-  EXPECT_STATUS(pool->Free(kNoSlot), kInvalidArgument, "slot -1 is not handed out");
-  EXPECT_STATUS(pool->Free(4), kInvalidArgument, "slot 4 is not handed out");
-  EXPECT_OK(pool->Free(2));
-  EXPECT_STATUS(pool->Free(2), kInvalidArgument, "slot 2 is not handed out");
-  ASSERT_OK_AND_ASSIGN(const Slot again, pool->Allocate(*this->stream_));
-  EXPECT_EQ(again, 2);
-  ASSERT_OK(this->stream_->Synchronize());  // the pool outlives what is queued for it
-}
-
-// sglang #36880: -1 became a slot that a live request owned.
-TYPED_TEST(StatePoolTest, Sglang36880ClampIsRefusedWhereSlotZeroIsAllocatable) {
-  ASSERT_OK_AND_ASSIGN(const DeviceBuffer memory,
-                       this->device_->Allocate(3 * kStateElements * sizeof(float), "foreign states"));
-  ForeignPool foreign = {DType::kFloat32, 1, 3, 0, memory.As<std::byte>(), 0};
-  EXPECT_STATUS(ViewOf(foreign, PaddedRows::kClampToZero), kInvalidArgument, "slot 0 is allocatable");
-  EXPECT_OK(ViewOf(foreign, PaddedRows::kSkip));
-  foreign.first_allocatable_slot = 1;
-  ASSERT_OK_AND_ASSIGN(const StateView view, ViewOf(foreign, PaddedRows::kClampToZero));
-  EXPECT_EQ(view.slot_stride, kStateElements);
-  foreign.slots = 4;
-  EXPECT_STATUS(ViewOf(foreign, PaddedRows::kSkip), kInvalidArgument, "states has 49152 elements, needs 65536");
-  foreign.slots = 3;
-  foreign.slot_stride = kStateElements + 2;
-  EXPECT_STATUS(ViewOf(foreign, PaddedRows::kSkip), kInvalidArgument, "a multiple of 4");
-  foreign.slot_stride = int64_t{1} << 62;
-  EXPECT_STATUS(ViewOf(foreign, PaddedRows::kSkip), kInvalidArgument, "4611686018427387904 elements apart");
-  foreign.slot_stride = 0;
-  foreign.first_allocatable_slot = -1;
-  EXPECT_STATUS(ViewOf(foreign, PaddedRows::kSkip), kInvalidArgument, "first_allocatable_slot is -1");
-}
-
-TYPED_TEST(StatePoolTest, ClampReadsSlotZeroAndStoresNothingThere) {
+TYPED_TEST(RecurrentTest, ClampReadsSlotZeroAndStoresNothingThere) {
   std::mt19937_64 random(21);
   ASSERT_OK_AND_ASSIGN(const Tensor states, MakeTensor(*this->device_, *this->stream_, DType::kFloat32,
                                                        Uniform(random, 3 * kStateElements, -0.3, 0.3)));

@@ -66,7 +66,8 @@ class StatePool {
  public:
   // `slots` usable ones, numbered 1 to `slots`; all zero. Blocks. `device` must outlive the pool, the pool every graph
   // that uses it and all work queued on it. INVALID_ARGUMENT: `v_heads`, `slots` or `layers` below 1, `conv_dim` below
-  // 0, a size past 2^31 - 2 slots. UNIMPLEMENTED: a dtype other than float32 and bfloat16. RESOURCE_EXHAUSTED.
+  // 0, more than 2^31 - 2 slots or 65536 layers, a slot of more than 2^31 elements, which no op takes. UNIMPLEMENTED: a
+  // dtype other than float32 and bfloat16. RESOURCE_EXHAUSTED: no memory.
   static absl::StatusOr<std::unique_ptr<StatePool>> Create(Device& device, DType dtype, int32_t v_heads, int32_t slots,
                                                            const StatePoolOptions& options = {});
 
@@ -79,7 +80,7 @@ class StatePool {
   // Has `manager`, which must go before the pool, look after it: a write to slot 0 is reported as pollution of
   // `name`.slot0 and healed (checks as for any constant, ManagerOptions::check), and on devices that enforce accesses
   // an undeclared write to the other slots as one to `name`; of convolution states under `name`.conv. Before the first
-  // capture. Codes of BufferManager::Adopt.
+  // capture. Codes of BufferManager::Adopt and Protect; nothing is registered then.
   absl::Status Protect(BufferManager& manager, const std::string& name) const;
 
   int32_t free_slots() const { return static_cast<int32_t>(free_.size()); }

@@ -53,8 +53,9 @@ constexpr int64_t UnfusedStateSharedBytes(int32_t k_dim, const GdnTuning& tuning
   return tuning.num_stages * kChunkTokens * kElementBytes * (2 * int64_t{k_dim} + tuning.bv);
 }
 
-// INVALID_ARGUMENT: `tuning` is not compiled (lists what is), or needs more than `shared_bytes_per_block`: says the
-// need, the limit, and the largest number of stages that fits with the same tile and warps.
+// INVALID_ARGUMENT: `tuning` is not compiled (lists what is, with the need of each), or needs more than
+// `shared_bytes_per_block`. Says the need, the limit, and the largest number of stages that fits with the same tile and
+// warps, where there is one. A limit of int64's maximum is none (Host).
 absl::Status CheckTuning(const GdnTuning& tuning, const TunableKernel& kernel, int64_t shared_bytes_per_block);
 
 // Chooses for a program that would rather run slower than not at all. Thread-compatible.
