@@ -86,8 +86,8 @@ absl::Status TooManyRows(const DecodePlanConfig& config, const Extent& bucket, s
       absl::StrCat(config.name, ": ", given, " rows, bucket ", bucket.ToString(), " has ", Rows(config, bucket)));
 }
 
-// Moves the rows to the front that chunks in [short_chunk, long_chunk] cut into different numbers of items, and shortens
-// `sizes` to them. Returns the items of the others.
+// Moves the rows to the front that chunks in [short_chunk, long_chunk] cut into different numbers of items, and
+// shortens `sizes` to them. Returns the items of the others.
 int64_t KeepUndecided(int32_t short_chunk, int32_t long_chunk, absl::Span<int32_t>& sizes) {
   const CeilDivider most_of(short_chunk), fewest_of(long_chunk);
   int64_t decided = 0;
@@ -122,9 +122,9 @@ int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<int32_t> sizes,
   int64_t high = units(longest);
   if (places > rows) high = std::min(high, units((tokens + places - rows - 1) / (places - rows)));
   high = std::max(high, low);
-  // A pass over the rows is what costs. Rows waste half an item on average, which is a first guess; each pass tells what
-  // they do waste, and so the next guess, made a bit too far until the chunk is between two that were tried. Few rows are
-  // left that these two cut differently.
+  // A pass over the rows is what costs. Rows waste half an item on average, which is a first guess; each pass tells
+  // what they do waste, and so the next guess, made a bit too far until the chunk is between two that were tried. Few
+  // rows are left that these two cut differently.
   int64_t probe = units(tokens / (places - rows / 2));
   int64_t margin = probe / 64 + 1;
   bool too_short = false, long_enough = false;
