@@ -86,9 +86,26 @@ absl::Status TooManyRows(const DecodePlanConfig& config, const Extent& bucket, s
       absl::StrCat(config.name, ": ", given, " rows, bucket ", bucket.ToString(), " has ", Rows(config, bucket)));
 }
 
+// Moves the rows to the front that chunks in [short_chunk, long_chunk] cut into different numbers of items, and
+// shortens `sizes` to them. Returns the items of the others.
+int64_t KeepUndecided(int32_t short_chunk, int32_t long_chunk, absl::Span<int32_t>& sizes) {
+  const CeilDivider most_of(short_chunk), fewest_of(long_chunk);
+  int64_t decided = 0;
+  size_t kept = 0;
+  for (const int32_t size : sizes) {
+    const int32_t fewest = fewest_of(size);
+    const bool differs = most_of(size) != fewest;
+    decided += differs ? 0 : fewest;
+    sizes[kept] = size;
+    kept += differs;
+  }
+  sizes = sizes.first(kept);
+  return decided;
+}
+
 // The smallest chunk, in tokens, with which rows of `sizes` tokens need no more than `places` items. `places` is at
-// least the number of rows, so a chunk as long as the longest row always does.
-int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> sizes, int64_t places) {
+// least the number of rows, so a chunk as long as the longest row always does. `sizes` is left in no particular state.
+int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<int32_t> sizes, int64_t places) {
   int64_t tokens = 0, rows = 0;
   int32_t longest = 0;
   for (const int32_t size : sizes) {
@@ -105,22 +122,37 @@ int32_t SmallestChunk(const DecodePlanConfig& config, absl::Span<const int32_t> 
   int64_t high = units(longest);
   if (places > rows) high = std::min(high, units((tokens + places - rows - 1) / (places - rows)));
   high = std::max(high, low);
-  // A pass over the rows is what costs. Rows waste half an item on average, which is a guess near enough to walk from,
-  // in steps that double, instead of halving all of [low, high].
+  // A pass over the rows is what costs. Rows waste half an item on average, which is a first guess; each pass tells
+  // what they do waste, and so the next guess, made a bit too far until the chunk is between two that were tried. Few
+  // rows are left that these two cut differently.
   int64_t probe = units(tokens / (places - rows / 2));
-  int64_t step = probe / 64 + 1;
-  while (low < high) {
+  int64_t margin = probe / 64 + 1;
+  bool too_short = false, long_enough = false;
+  while (low < high && !(too_short && long_enough)) {
     probe = std::min(std::max(probe, low), high - 1);
-    if (CountItems(sizes, chunk(probe)) <= places) {
+    const int64_t count = CountItems(sizes, chunk(probe));
+    const double full = static_cast<double>(tokens) / static_cast<double>(chunk(probe));  // items, if none were wasted
+    const double guess = static_cast<double>(tokens) / std::max(1.0, full + static_cast<double>(places - count));
+    const int64_t next = units(static_cast<int64_t>(guess));
+    if (count <= places) {
       high = probe;
-      probe -= step;
-      if (probe < low) probe = (low + high) / 2;
+      long_enough = true;
+      probe = std::min(probe - 1, next - margin);
     } else {
       low = probe + 1;
-      probe += step;
-      if (probe >= high) probe = (low + high) / 2;
+      too_short = true;
+      probe = std::max(probe + 1, next + margin);
     }
-    step *= 2;
+    margin *= 4;
+  }
+  if (low < high) places -= KeepUndecided(chunk(low - 1), chunk(high), sizes);
+  while (low < high) {
+    probe = (low + high) / 2;
+    if (CountItems(sizes, chunk(probe)) <= places) {
+      high = probe;
+    } else {
+      low = probe + 1;
+    }
   }
   return chunk(low);
 }

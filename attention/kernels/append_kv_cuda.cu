@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "attention/kernels/append_kv.h"
+#include "attention/kernels/dependent_launch.cuh"
 #include "attention/kernels/divider.h"
 
 namespace pristine::attention {
@@ -79,6 +80,7 @@ struct AppendKvLaunch {
 // Block: (vectors of a row, rows). Grid: (rows, vectors).
 template <class Op>
 __global__ void __launch_bounds__(kThreads) AppendKvKernel(const __grid_constant__ AppendKvLaunch launch) {
+  WaitForStream();
   const AppendKvParams& p = launch.params;
   const unsigned token = blockIdx.x * blockDim.y + threadIdx.y;
   if (token >= static_cast<unsigned>(p.tokens)) return;
@@ -120,8 +122,8 @@ int LaunchAppend(CUstream_st* stream, AppendKvParams params, int vector) {
   const int columns = (row - 1) / lanes + 1;
   const dim3 grid(static_cast<unsigned>((params.tokens - 1) / rows + 1),
                   static_cast<unsigned>(columns < kMaxGridY ? columns : kMaxGridY));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&AppendKvKernel<Op>), grid,
-                          dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows)), arguments, 0, stream);
+  return LaunchDependent(reinterpret_cast<const void*>(&AppendKvKernel<Op>), grid,
+                         dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows)), 0, arguments, stream);
 }
 
 bool IsMultipleOf16(const AppendKvParams& p) {

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <math_constants.h>
 
+#include "attention/kernels/dependent_launch.cuh"
 #include "attention/kernels/merge.h"
 #include "pristine/buffers/violation.h"
 
@@ -172,6 +173,7 @@ __device__ inline void WriteMerged(const MergeOutput& out, long long row, int he
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kMergeMaxThreads) MergePairKernel(const MergePairParams p) {
   using P = Part<T, kHeadDim>;
+  WaitForStream();
   const long long row = static_cast<long long>(blockIdx.x) * blockDim.z + threadIdx.z;
   const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);
   if (head >= p.heads || row >= p.rows) return;
@@ -206,6 +208,7 @@ __global__ void __launch_bounds__(kMergeMaxThreads) MergePairKernel(const MergeP
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kSetsThreads, kSetsBlocks<T, kHeadDim>) MergeSetsKernel(const MergeSetsParams p) {
   using P = Part<T, kHeadDim>;
+  WaitForStream();
   const long long row = blockIdx.x;
   const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);
   if (head >= p.heads) return;
@@ -274,7 +277,7 @@ int LaunchOverHeads(void (*kernel)(Params), CUstream_st* stream, const Params& p
   const int heads = (params.heads + blocks - 1) / blocks;
   const dim3 grid(static_cast<unsigned>(params.rows), static_cast<unsigned>(blocks));
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(heads));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, 0, stream);
+  return LaunchDependent(reinterpret_cast<const void*>(kernel), grid, block, 0, arguments, stream);
 }
 
 }  // namespace
@@ -285,8 +288,8 @@ int MergePairBlockPerTokenCuda(CUstream_st* stream, const MergePairParams& param
   const int threads = Part<T, kHeadDim>::kLanes * params.heads;
   const int tokens = threads * 2 <= kPairThreads && kPairThreads % threads == 0 ? kPairThreads / threads : 1;
   const dim3 block(Part<T, kHeadDim>::kLanes, static_cast<unsigned>(params.heads), static_cast<unsigned>(tokens));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&MergePairKernel<T, kHeadDim>),
-                          dim3(static_cast<unsigned>((params.rows - 1) / tokens + 1)), block, arguments, 0, stream);
+  return LaunchDependent(reinterpret_cast<const void*>(&MergePairKernel<T, kHeadDim>),
+                         dim3(static_cast<unsigned>((params.rows - 1) / tokens + 1)), block, 0, arguments, stream);
 }
 
 template <class T, int kHeadDim>
