@@ -345,8 +345,8 @@ std::string HelpText() {
   absl::StrAppend(&text, "\nClasses of --inject:\n", InjectionHelp());
   absl::StrAppend(
       &text,
-      "\nus_per_replay is the wall time from the replay call until the stream is idle: every step is waited for, as an\n"
-      "engine must that reads its tokens back. With --overlap=on it is the time until the step was seen to be done.\n"
+      "\nus_per_replay is the wall time from the replay call until the stream is idle: every step is waited for, as\n"
+      "an engine must that reads its tokens back. With --overlap=on: until the step was seen to be done.\n"
       "Exit codes: 0 ok; 1 usage: an option or a combination that nothing here can run, an unwritable report;\n"
       "2 input: the trace; 3 violation: a refused plan, plan and conversion at odds, memory or values that break a\n"
       "rule; 4 mismatch with the eager run or the truth; 5 device: absent, out of memory (the host's too), or a\n"
