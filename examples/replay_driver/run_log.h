@@ -53,7 +53,6 @@ class RunLog {
 
   // Keeps nothing before this.
   void Enable() { enabled_ = true; }
-  bool enabled() const { return enabled_; }
 
   void AddReplay(const LoggedReplay& replay) {
     if (enabled_) replays_.push_back(replay);
