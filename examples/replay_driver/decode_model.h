@@ -98,8 +98,8 @@ class DecodeModel {
 
   const ModelConfig config_;
   const KvPool& pool_;
-  std::unique_ptr<BufferManager> manager_;
-  std::unique_ptr<GdnLayers> gdn_;  // null: no such layers
+  std::unique_ptr<GdnLayers> gdn_;          // null: no such layers
+  std::unique_ptr<BufferManager> manager_;  // goes before the states that it watches
   std::unique_ptr<attention::StepMetadata> metadata_;
   std::unique_ptr<attention::SparsePageTable> sparse_;
   std::unique_ptr<attention::DecodePlan> sparse_plan_, window_plan_;

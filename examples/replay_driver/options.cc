@@ -9,7 +9,9 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "examples/replay_driver/gdn_config.h"
 #include "pristine/attention/forward_mode.h"
+#include "pristine/attention/gdn/state_pool.h"
 #include "pristine/attention/sparse_page_table.h"
 #include "pristine/graph_runtime/status.h"
 
@@ -226,6 +228,12 @@ absl::Status CheckSpec(const Options& o) {
   if (o.restore != ManagerOptions::Restore::kGraphHead) {
     return refuse(absl::StrCat("--restore=", ToString(o.restore), " with --spec: expected graph"));
   }
+  // What captures see: every request as long as a window, and as its drafts.
+  const int64_t worst = std::min<int64_t>(o.kv_tokens, std::max(o.window, o.spec + 1));
+  if ((worst - 1) / o.page_size + 1 > std::numeric_limits<int32_t>::max() / o.max_batch) {
+    return refuse(absl::StrCat("--window=", o.window, " with --spec: expected pages of ", worst,
+                               " tokens for --max-batch=", o.max_batch, " requests that fit in 31 bits"));
+  }
   if (o.overlap != Overlap::kOff) {
     return refuse("--overlap with --spec: expected off; a round needs to know what the one before accepted");
   }
@@ -237,6 +245,12 @@ absl::Status CheckHybrid(const Options& o) {
   if (o.gdn_v_heads % o.gdn_qk_heads != 0) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--gdn-v-heads=", o.gdn_v_heads, ": expected a multiple of --gdn-qk-heads, which is ", o.gdn_qk_heads));
+  }
+  const int64_t state = int64_t{kGdnPerAttention} * o.layers * o.gdn_v_heads * attention::gdn::kStateElements;
+  if (o.model == ModelKind::kHybrid && state > int64_t{1} << 31) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--layers=", o.layers, " with --model=hybrid and --gdn-v-heads=", o.gdn_v_heads,
+                     ": expected a state of at most 2^31 values for each request, which would have ", state));
   }
   if (o.model == ModelKind::kHybrid && o.inject != Injection::kNone) {
     return absl::InvalidArgumentError(
@@ -345,8 +359,8 @@ std::string HelpText() {
   absl::StrAppend(&text, "\nClasses of --inject:\n", InjectionHelp());
   absl::StrAppend(
       &text,
-      "\nus_per_replay is the wall time from the replay call until the stream is idle: every step is waited for, as an\n"
-      "engine must that reads its tokens back. With --overlap=on it is the time until the step was seen to be done.\n"
+      "\nus_per_replay is the wall time from the replay call until the stream is idle: every step is waited for, as\n"
+      "an engine must that reads its tokens back. With --overlap=on: until the step was seen to be done.\n"
       "Exit codes: 0 ok; 1 usage: an option or a combination that nothing here can run, an unwritable report;\n"
       "2 input: the trace; 3 violation: a refused plan, plan and conversion at odds, memory or values that break a\n"
       "rule; 4 mismatch with the eager run or the truth; 5 device: absent, out of memory (the host's too), or a\n"

@@ -1,8 +1,15 @@
 #include "examples/replay_driver/run_log.h"
 
 #include <algorithm>
+#include <optional>
 
 namespace pristine::replay_driver {
+
+std::vector<FlightRecord> FlightRecordsOf(const BufferManager& manager) {
+  std::vector<FlightRecord> records(static_cast<size_t>(ManagerOptions().flight_records));
+  records.resize(manager.FlightRecords(absl::MakeSpan(records)));
+  return records;
+}
 
 LoggedRecord::LoggedRecord(const FlightRecord& record, bool of_shadow)
     : shadow(of_shadow),
@@ -37,10 +44,25 @@ void RunLog::AddViolation(int64_t step, const std::string& kind, const std::stri
   violations_.push_back(std::move(violation));
 }
 
+void RunLog::AddViolation(int64_t step, const Violation& violation, const BufferManager& manager, bool shadow) {
+  if (!enabled_) return;
+  std::optional<LoggedRecord> found;
+  if (violations_.size() < kListed && violation.replay > 0) {  // else its record would not be kept
+    const std::vector<FlightRecord> records = FlightRecordsOf(manager);
+    const auto record = std::find_if(records.rbegin(), records.rend(), [&violation](const FlightRecord& candidate) {
+      return candidate.replay == violation.replay;
+    });
+    if (record != records.rend()) found.emplace(*record, shadow);
+  }
+  AddViolation(step, ToString(violation.kind), violation.ToString(), found.has_value() ? &*found : nullptr);
+}
+
 void RunLog::SetLastRecords(absl::Span<const FlightRecord> records) {
   if (!enabled_) return;
   last_records_.clear();
-  for (const FlightRecord& record : records) last_records_.emplace_back(record, false);
+  for (const FlightRecord& record : records.last(std::min(records.size(), kLastRecords))) {
+    last_records_.emplace_back(record, false);
+  }
 }
 
 }  // namespace pristine::replay_driver

@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "pristine/buffers/buffer_manager.h"
 #include "pristine/buffers/flight_recorder.h"
+#include "pristine/buffers/violation.h"
 
 namespace pristine::replay_driver {
 
@@ -20,6 +22,9 @@ struct LoggedReplay {
   int32_t bucket = 0;    // requests of the graph that ran
   float us = 0;
 };
+
+// All that the flight recorder of `manager` holds, oldest first.
+std::vector<FlightRecord> FlightRecordsOf(const BufferManager& manager);
 
 // A flight record that outlives its manager.
 struct LoggedRecord {
@@ -48,15 +53,14 @@ class RunLog {
 
   // Keeps nothing before this.
   void Enable() { enabled_ = true; }
-  bool enabled() const { return enabled_; }
 
   void AddReplay(const LoggedReplay& replay) {
     if (enabled_) replays_.push_back(replay);
   }
-  // Whether the next violation is kept in full, so that its record is worth looking up.
-  bool lists_next() const { return enabled_ && violations_.size() < kListed; }
   // `record`: of the replay that reported it; null: there is none.
   void AddViolation(int64_t step, const std::string& kind, const std::string& message, const LoggedRecord* record);
+  // What `manager` reported, with the flight record of its replay if that is still there. `shadow`: it is the shadow's.
+  void AddViolation(int64_t step, const Violation& violation, const BufferManager& manager, bool shadow);
   void SetLastRecords(absl::Span<const FlightRecord> records);
 
   const std::vector<LoggedReplay>& replays() const { return replays_; }

@@ -337,7 +337,8 @@ void Session::AddReport(const Violation& violation, int64_t StepInFlight::*numbe
   StepInFlight* const of = steps_->FirstFrom(number, violation.replay);
   const int64_t step = of == nullptr ? this_step_ : of->step;
   report_.FailAt(step);
-  LogViolation(step, violation, number == &StepInFlight::shadow_replay);
+  const bool shadow = number == &StepInFlight::shadow_replay;
+  report_.log.AddViolation(step, violation, shadow ? shadow_->manager() : model_->manager(), shadow);
   if (violation.kind != Violation::Kind::kPlanMismatch) return report_.AddViolation(violation);
   StepInFlight& disagreed = of == nullptr ? steps_->oldest() : *of;
   disagreed.disagreed = true;
@@ -346,26 +347,11 @@ void Session::AddReport(const Violation& violation, int64_t StepInFlight::*numbe
   }
 }
 
-void Session::LogViolation(int64_t step, const Violation& violation, bool shadow) {
-  if (!report_.log.enabled()) return;
-  std::optional<LoggedRecord> found;
-  if (report_.log.lists_next() && violation.replay > 0) {
-    const BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
-    records_.resize(ManagerOptions().flight_records);
-    for (size_t i = manager.FlightRecords(absl::MakeSpan(records_)); i > 0 && !found.has_value(); --i) {
-      if (records_[i - 1].replay == violation.replay) found.emplace(records_[i - 1], shadow);
-    }
-  }
-  report_.log.AddViolation(step, ToString(violation.kind), violation.ToString(), found.has_value() ? &*found : nullptr);
-}
-
 void Session::KeepFlightRecords() {
   if (model_ == nullptr) return;
-  records_.resize(ManagerOptions().flight_records);
-  const size_t count = model_->manager().FlightRecords(absl::MakeSpan(records_));
-  const auto all = absl::MakeConstSpan(records_).first(count);
-  report_.flight_json = ToJson(all);
-  report_.log.SetLastRecords(all.last(std::min(count, RunLog::kLastRecords)));
+  const std::vector<FlightRecord> records = FlightRecordsOf(model_->manager());
+  report_.flight_json = ToJson(records);
+  report_.log.SetLastRecords(records);
 }
 
 absl::Status Session::Finish() {
@@ -386,7 +372,7 @@ absl::Status Session::Finish() {
       for (const Violation& violation : violations) {
         report_.FailAt(last_step_);
         report_.AddViolation(violation);
-        LogViolation(last_step_, violation, shadow);
+        report_.log.AddViolation(last_step_, violation, manager, shadow);
       }
     }
   }

@@ -66,7 +66,6 @@ class Session {
   void CollectReports();
   // `number`: of which manager it is.
   void AddReport(const Violation& violation, int64_t StepInFlight::*number);
-  void LogViolation(int64_t step, const Violation& violation, bool shadow);
   // Calls `wait` and counts the time.
   absl::Status Wait(absl::FunctionRef<absl::Status()> wait);
   void ShowProgress();
@@ -92,7 +91,6 @@ class Session {
   bool overlap_ = false;                // of the present Serve
   ServeTimes times_;                    // of the present Serve
   std::vector<int32_t> live_indptr_;
-  std::vector<FlightRecord> records_;  // what was last read of a flight recorder
   Extent last_bucket_;
   int64_t first_step_ = 0;  // of the present Serve
   int64_t this_step_ = 0;   // the one that is prepared

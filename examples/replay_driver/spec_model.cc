@@ -40,7 +40,6 @@ attention::StepAttentionConfig AttentionConfig(const SpecConfig& config, SpecPha
                      .q_len = ragged ? 0 : config.max_q_len(phase),
                      .decode_draft_extend = config.draft_extend == DraftExtend::kFixedDecode};
   attention.buckets = config.buckets(phase);
-  attention.scheduler = config.model.scheduler;
   attention.scale = 1.0f / std::sqrt(static_cast<float>(config.model.head_dim));
   attention.scheduler = config.model.scheduler;
   return attention;

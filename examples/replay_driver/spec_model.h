@@ -70,8 +70,8 @@ class SpecModel {
 
   const SpecConfig config_;
   const KvPool& pool_;
-  std::unique_ptr<BufferManager> manager_;
-  std::unique_ptr<GdnLayers> gdn_;  // of the target
+  std::unique_ptr<GdnLayers> gdn_;          // of the target
+  std::unique_ptr<BufferManager> manager_;  // goes before the states that it watches
   std::unique_ptr<attention::StepMetadata> metadata_;
   std::unique_ptr<attention::StepAttention> attention_[3];  // by phase
   std::unique_ptr<attention::StepAttention> verify_window_;

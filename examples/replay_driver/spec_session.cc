@@ -274,26 +274,14 @@ void SpecSession::CollectReports() {
 void SpecSession::AddViolation(const Violation& violation, bool shadow) {
   report_.FailAt(step_);
   report_.AddViolation(violation);
-  if (!report_.log.enabled()) return;
-  std::optional<LoggedRecord> found;
-  if (report_.log.lists_next() && violation.replay > 0) {
-    const BufferManager& manager = shadow ? shadow_->manager() : model_->manager();
-    records_.resize(ManagerOptions().flight_records);
-    for (size_t i = manager.FlightRecords(absl::MakeSpan(records_)); i > 0 && !found.has_value(); --i) {
-      if (records_[i - 1].replay == violation.replay) found.emplace(records_[i - 1], shadow);
-    }
-  }
-  report_.log.AddViolation(step_, ToString(violation.kind), violation.ToString(),
-                           found.has_value() ? &*found : nullptr);
+  report_.log.AddViolation(step_, violation, shadow ? shadow_->manager() : model_->manager(), shadow);
 }
 
 void SpecSession::KeepFlightRecords() {
   if (model_ == nullptr) return;
-  records_.resize(ManagerOptions().flight_records);
-  const size_t count = model_->manager().FlightRecords(absl::MakeSpan(records_));
-  const auto all = absl::MakeConstSpan(records_).first(count);
-  report_.flight_json = ToJson(all);
-  report_.log.SetLastRecords(all.last(std::min(count, RunLog::kLastRecords)));
+  const std::vector<FlightRecord> records = FlightRecordsOf(model_->manager());
+  report_.flight_json = ToJson(records);
+  report_.log.SetLastRecords(records);
 }
 
 absl::Status SpecSession::Finish() {

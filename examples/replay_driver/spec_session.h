@@ -72,7 +72,6 @@ class SpecSession {
   std::optional<Scheduler> scheduler_;  // of the present Serve
   std::vector<SpecRow> rows_;           // of the present round
   SpecInputs inputs_;                   // of the present step
-  std::vector<FlightRecord> records_;
   ServeTimes times_;
   Extent last_bucket_;
   int64_t step_ = 0;        // rounds of virtual time before the present Serve, then the present one's number

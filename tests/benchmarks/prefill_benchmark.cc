@@ -8,7 +8,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -26,6 +25,7 @@
 #include "pristine/attention/paged_prefill.h"
 #include "pristine/graph_runtime/graph.h"
 #include "pristine/graph_runtime/status.h"
+#include "tests/benchmarks/arguments.h"
 
 namespace pristine::benchmarks {
 namespace {
@@ -358,32 +358,16 @@ absl::Status Run(const Options& options) {
 
 // False: `argument` is not one of ours.
 bool Parse(const char* argument, Options& options) {
-  const auto number = [&](const char* prefix, int minimum, int* value) {
-    const size_t length = std::strlen(prefix);
-    if (std::strncmp(argument, prefix, length) != 0) return false;
-    const char* end = argument + std::strlen(argument);
-    const auto [parsed, error] = std::from_chars(argument + length, end, *value);
-    return error == std::errc() && parsed == end && *value >= minimum;
-  };
   if (std::strcmp(argument, "--json") == 0) return options.json = true;
   if (std::strcmp(argument, "--variants") == 0) return options.variants = true;
-  return number("--samples=", 1, &options.samples) || number("--device=", 0, &options.device);
+  return NumberArgument(argument, "--samples=", 1, options.samples) ||
+         NumberArgument(argument, "--device=", 0, options.device);
 }
 
 }  // namespace
 }  // namespace pristine::benchmarks
 
 int main(int argc, char** argv) {
-  pristine::benchmarks::Options options;
-  for (int i = 1; i < argc; ++i) {
-    if (!pristine::benchmarks::Parse(argv[i], options)) {
-      std::fprintf(stderr,
-                   "unknown argument %s\nusage: prefill_benchmark [--samples=N] [--device=N] [--variants] [--json]\n",
-                   argv[i]);
-      return 1;
-    }
-  }
-  const absl::Status status = pristine::benchmarks::Run(options);
-  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  return status.ok() ? 0 : absl::IsUnavailable(status) ? 5 : 1;
+  using namespace pristine::benchmarks;  // NOLINT(build/namespaces): all of it is this program
+  return Main(argc, argv, "usage: prefill_benchmark [--samples=N] [--device=N] [--variants] [--json]\n", &Parse, &Run);
 }

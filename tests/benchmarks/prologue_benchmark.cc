@@ -5,7 +5,6 @@
 // waits for the host. GPU time is what lies between an event before and an event after the launch; whatever the manager
 // queues counts. "done" is host time from the first call to the end of the graph, on an idle GPU. The output of both
 // graphs is checked before and after. The real size changes at each step.
-#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -14,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "pristine/graph_runtime/status.h"
+#include "tests/benchmarks/arguments.h"
 #include "tests/benchmarks/launch_ring.h"
 #include "tests/benchmarks/prologue_pair.h"
 
@@ -248,44 +248,19 @@ absl::Status Run(const Options& options) {
 
 // False: `argument` is not one of ours.
 bool Parse(const char* argument, Options& options) {
-  const auto number = [&](const char* prefix, int minimum, int* value) {
-    const size_t length = std::strlen(prefix);
-    if (std::strncmp(argument, prefix, length) != 0) return false;
-    const char* end = argument + std::strlen(argument);
-    const auto [parsed, error] = std::from_chars(argument + length, end, *value);
-    return error == std::errc() && parsed == end && *value >= minimum;
-  };
-  const auto text = [&](const char* prefix, std::string* value) {
-    const size_t length = std::strlen(prefix);
-    if (std::strncmp(argument, prefix, length) != 0) return false;
-    *value = argument + length;
-    return !value->empty();
-  };
   if (std::strcmp(argument, "--json") == 0) {
     options.json = true;
     return true;
   }
-  return number("--samples=", 100, &options.samples) || number("--device=", 0, &options.device) ||
-         text("--only=", &options.only) || text("--json=", &options.json_file);
+  return NumberArgument(argument, "--samples=", 100, options.samples) ||
+         NumberArgument(argument, "--device=", 0, options.device) || TextArgument(argument, "--only=", options.only) ||
+         TextArgument(argument, "--json=", options.json_file);
 }
 
 }  // namespace
 }  // namespace pristine::benchmarks
 
 int main(int argc, char** argv) {
-  using pristine::benchmarks::kUsage;
-  pristine::benchmarks::Options options;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--help") == 0) {
-      std::fputs(kUsage, stdout);
-      return 0;
-    }
-    if (!pristine::benchmarks::Parse(argv[i], options)) {
-      std::fprintf(stderr, "unknown argument %s\n%s", argv[i], kUsage);
-      return 1;
-    }
-  }
-  const absl::Status status = pristine::benchmarks::Run(options);
-  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  return status.ok() ? 0 : absl::IsUnavailable(status) ? 5 : 1;
+  using namespace pristine::benchmarks;  // NOLINT(build/namespaces): all of it is this program
+  return Main(argc, argv, kUsage, &Parse, &Run);
 }

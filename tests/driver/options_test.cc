@@ -118,6 +118,11 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--spec=4", "--accept=some"}, "--accept=some: expected one of random, none, all"},
         BadCase{{"--spec=4", "--overlap=on"}, "--overlap with --spec: expected off"},
         BadCase{{"--spec=4", "--plan-from=live"}, "--plan-from=live with --spec: expected lengths"},
+        BadCase{
+            {"--spec=4", "--window=1048576", "--kv-tokens=1048576", "--max-batch=4096"},
+            "--window=1048576 with --spec: expected pages of 1048576 tokens for --max-batch=4096 requests that fit"},
+        BadCase{{"--model=hybrid", "--layers=1000", "--gdn-v-heads=256"},
+                "expected a state of at most 2^31 values for each request, which would have 12582912000"},
         BadCase{{"--spec=4", "--restore=off"}, "--restore=off with --spec: expected graph"},
         BadCase{{"--spec=4", "--inject=write-constant"},
                 "--inject=write-constant with --spec: expected none or misroute"},

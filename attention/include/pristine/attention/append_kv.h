@@ -30,12 +30,12 @@ struct AppendKvTensors {
   DeviceSpan<const float> v_scale = {};
 };
 
-// Queues one kernel for the first `tokens` rows; captureable. Does not block. Two equal slots are the caller's error
-// (which row wins is not defined). Safe from several threads on streams of their own. INVALID_ARGUMENT: a tensor too
-// small; a row (with kHND, a head) that is no multiple of 4 bytes,
-// or a row (with kHND, a page) of 2^31 bytes or more; quantizing with a head_dim that is no multiple of 8,
-// or rows or pools not aligned to 16 bytes; a scale for a pool that does not quantize. UNIMPLEMENTED: another pair of
-// dtypes; lists those that exist.
+// Queues one kernel for the first `tokens` rows (none: 0); captureable. Does not block or allocate. Memory must stay
+// valid until the kernel, or the last replay, has run. Two equal slots are the caller's error (which row wins is not
+// defined). Safe from several threads on streams of their own. INVALID_ARGUMENT: `tokens` below 0; a tensor too small,
+// null or not aligned to 4 bytes (quantizing: 16); a row (with kHND, a head) that is no multiple of 4 bytes, or a row
+// (with kHND, a page) of 2^31 bytes or more; quantizing with a head_dim that is no multiple of 8; a scale for a pool
+// that does not quantize. UNIMPLEMENTED: another pair of dtypes; lists those that exist.
 absl::Status AppendKv(Stream& stream, int32_t tokens, const AppendKvTensors& tensors);
 
 }  // namespace pristine::attention

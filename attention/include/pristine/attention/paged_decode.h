@@ -29,8 +29,8 @@ struct DecodeTensors {
   DeviceSpan<const int32_t> kv_indptr = {};   // [rows + 1] pages; empty with a block table
   DeviceSpan<const int32_t> kv_indices = {};  // page numbers; empty with a block table
   DeviceSpan<const int32_t> lengths = {};     // [rows] tokens; empty: (kv_indptr[r + 1] - kv_indptr[r]) * page_size
-  DeviceSpan<const int32_t> block_table =
-      {};                                // [rows, block_table_stride] page numbers, instead of the two; needs lengths
+  // [rows, block_table_stride] page numbers, instead of the two; needs lengths
+  DeviceSpan<const int32_t> block_table = {};
   int64_t block_table_stride = 0;        // elements from row to row: the pages that a row can have
   DeviceSpan<const float> k_scale = {};  // [1], > 0, read when the kernel runs; empty: 1
   DeviceSpan<const float> v_scale = {};  // [1], likewise; empty: 1

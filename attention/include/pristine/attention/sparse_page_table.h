@@ -40,7 +40,7 @@ int32_t SparseRowLength(const SparseConfig& config, int32_t length);
 
 // A row r = request * groups + group of the sparse page table lists the blocks that the row attends, ascending, the
 // last one being the request's last, possibly partial, block. It is read only where length > K (and >= dense_len);
-// shorter rows attend positions 0 … L - 1.
+// shorter rows attend positions 0 … L - 1. Used by one thread at a time, as its manager.
 class SparsePageTable {
  public:
   // Registers kv_indptr, kv_indptr_ws and kv_indices. `metadata` must outlive this; its worst_length must be one whose
@@ -49,6 +49,7 @@ class SparsePageTable {
                                                                  const SparseConfig& config);
 
   // Registers one layer's page table, [groups * max_requests, topk], kRefilled. Its original is block 0 everywhere.
+  // Codes of BufferManager::Register.
   absl::StatusOr<Buffer<int32_t>> RegisterTable(const std::string& name);
 
   // Refills kv_indptr with the prefix sums of `plan_lengths` ([groups * real requests]) in the open step. Does not
@@ -59,7 +60,8 @@ class SparsePageTable {
   // kv_indptr. Lengths are the metadata's, as the device sees them: out of [0, its max_length] they are clamped to that
   // and reported (kClamped); the rule then makes every row at most R long. (A request's own length is not clamped to R:
   // one with L > K would become a short one, and attend the first R positions instead of its table's blocks.)
-  // Captureable.
+  // Captureable; does not allocate or block. INVALID_ARGUMENT: a bucket past max_requests, a table too small for it.
+  // Codes of BufferManager::CheckEqual.
   //   kv_indptr_ws[r + 1] - kv_indptr_ws[r] = SparseRowLength(lengths[r / groups])
   //   kv_indices[kv_indptr_ws[r] + j] = slot(position j of row r) * groups + r % groups,
   //   slot(p) = page(p / page_size) * page_size + p % page_size

@@ -60,7 +60,8 @@ struct ConvSequences {
   DeviceSpan<const int32_t> has_initial_state = {};
 };
 
-// Each queues one kernel, captureable, whose grid follows from requests, tokens and dim alone. INVALID_ARGUMENT: counts
+// Each queues one kernel, captureable, whose grid follows from requests, tokens and dim alone. Blocking, threads and
+// lifetimes: as Gates; calls that store into the same slots must be ordered. INVALID_ARGUMENT: counts
 // below 1 (`tokens` of CausalConv1d may be 0), a tensor too small or misaligned, a stride below the row, dimensions
 // that do not add up, `out` beside q, k or v, a norm_head_dim that is not offered. UNIMPLEMENTED: a dtype other than
 // float32 and bfloat16.

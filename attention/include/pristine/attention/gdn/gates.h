@@ -18,7 +18,7 @@ namespace pristine::attention::gdn {
 // Rows of one tensor: row t starts `stride` elements after row t - 1; within a row elements follow each other.
 struct Rows {
   DeviceSpan<const std::byte> data = {};
-  int64_t stride = 0;  // 0: as many as the row has elements
+  int64_t stride = 0;  // 0: as many as the row has elements; else at least so many, and at most 2^31
 };
 
 struct GateInputs {
@@ -30,8 +30,11 @@ struct GateInputs {
   DeviceSpan<const float> dt_bias = {};  // [v_heads]
 };
 
-// Queues one kernel over the first `tokens` rows; captureable. g and beta: [tokens, v_heads]. INVALID_ARGUMENT: a
-// tensor too small or misaligned, a stride below v_heads. UNIMPLEMENTED: a dtype other than float32 and bfloat16.
+// Queues one kernel over the first `tokens` rows (none: 0); captureable. g and beta: [tokens, v_heads], float32. As all
+// ops of this folder it does not block or allocate, is safe from several threads on streams of their own, and uses
+// memory that must stay valid until the kernel, or the last replay, has run. INVALID_ARGUMENT: `tokens` below 0,
+// v_heads below 1, a tensor too small, null or misaligned, a stride below v_heads or above 2^31. UNIMPLEMENTED: a dtype
+// other than float32 and bfloat16.
 absl::Status Gates(Stream& stream, int32_t tokens, const GateInputs& inputs, DeviceSpan<float> g,
                    DeviceSpan<float> beta);
 

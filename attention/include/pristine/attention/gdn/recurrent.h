@@ -32,9 +32,10 @@ struct RecurrentInputs {
   float scale = 0.08838834764831845f;            // 1 / sqrt(K)
 };
 
-// Each queues one kernel, captureable, whose grid follows from rows, tokens and heads alone. INVALID_ARGUMENT: counts
-// below 1, a tensor too small or misaligned, a stride below the row, heads that do not fit the pool or each other, a
-// slot_stride that is none (StateView).
+// Each queues one kernel, captureable, whose grid follows from rows, tokens and heads alone. Blocking, threads and
+// lifetimes: as Gates; calls that store into the same slots must be ordered. INVALID_ARGUMENT: counts below 1, more
+// than 65535 rows or 1024 tokens each, a tensor too small or misaligned, a stride below the row, heads that do not fit
+// the pool or each other, a slot_stride that is none (StateView), a scale that is not finite and positive.
 // UNIMPLEMENTED: a dtype other than float32 and bfloat16.
 
 // One token each: writes `out` [rows, v_heads, V] and the states, in place.

@@ -71,10 +71,12 @@ class StatePool {
   static absl::StatusOr<std::unique_ptr<StatePool>> Create(Device& device, DType dtype, int32_t v_heads, int32_t slots,
                                                            const StatePoolOptions& options = {});
 
-  // Hands out a free slot and queues its zeroing on `stream`: all layers, both states. RESOURCE_EXHAUSTED: all are
-  // taken.
+  // Hands out a free slot and queues its zeroing on `stream`, all layers and both states: the stream that its steps run
+  // on, or one that they wait for, and not in a capture. Does not block or allocate memory. RESOURCE_EXHAUSTED: all are
+  // taken. Codes of Stream::Fill; the slot is free then.
   absl::StatusOr<Slot> Allocate(Stream& stream);
-  // INVALID_ARGUMENT: a slot that is not handed out, 0 and -1 included.
+  // Work queued for the slot may still run; what is queued later must not name it. INVALID_ARGUMENT: a slot that is not
+  // handed out, 0 and -1 included.
   absl::Status Free(Slot slot);
 
   // Has `manager`, which must go before the pool, look after it: a write to slot 0 is reported as pollution of
@@ -109,10 +111,10 @@ struct ForeignPool {
   Slot first_allocatable_slot = 1;  // the smallest that the engine's allocator hands out
 };
 
-// INVALID_ARGUMENT: the memory is too small for its slots or not aligned to 16 bytes, a slot_stride that is none (see
-// StateView), or kClampToZero where slot 0 is
-// allocatable: padded rows would then read a live request's state (sglang #36880).
-// UNIMPLEMENTED as Create.
+// What ops take for `pool`; its memory stays the engine's, and must outlive every graph that uses it. INVALID_ARGUMENT:
+// the memory is too small for its slots or not aligned to 16 bytes, a slot_stride that is none (see StateView), a
+// negative first_allocatable_slot, or kClampToZero where slot 0 is allocatable: padded rows would then read a live
+// request's state (sglang #36880). UNIMPLEMENTED as Create.
 absl::StatusOr<StateView> ViewOf(const ForeignPool& pool, PaddedRows padded_rows);
 
 }  // namespace pristine::attention::gdn
