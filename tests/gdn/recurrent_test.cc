@@ -363,13 +363,5 @@ TYPED_TEST(RecurrentTest, ClampReadsSlotZeroAndStoresNothingThere) {
   EXPECT_TRUE(std::equal(after.begin(), after.begin() + 2 * kStateElements, states.values.begin()));
 }
 
-TEST(RecurrentKernelTest, FewStatesAreSpreadOverMoreBlocks) {
-  EXPECT_EQ(RowsPerBlock(1), 16);
-  EXPECT_EQ(RowsPerBlock(128), 16);
-  EXPECT_EQ(RowsPerBlock(129), 32);
-  EXPECT_EQ(RowsPerBlock(512), 32);
-  EXPECT_EQ(RowsPerBlock(513), 64);
-}
-
 }  // namespace
 }  // namespace pristine::testing

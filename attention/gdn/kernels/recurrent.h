@@ -34,10 +34,6 @@ struct RecurrentParams {
 int RecurrentHost(const RecurrentParams& params);
 int RecurrentCuda(CUstream_st* stream, const RecurrentParams& params);
 
-// V rows that one block of the CUDA kernel takes. Small where there are few states: a state is then spread over more
-// blocks (flashinfer#2588 found 8 per state best); large where there are many, for more loads in flight per thread.
-constexpr int32_t RowsPerBlock(int64_t states) { return states <= 128 ? 16 : states <= 512 ? 32 : 64; }
-
 }  // namespace pristine::attention::gdn
 
 #endif  // PRISTINE_ATTENTION_GDN_KERNELS_RECURRENT_H_
