@@ -114,6 +114,7 @@ absl::StatusOr<std::unique_ptr<PagedDecode>> PagedDecode::Create(const DecodePla
         absl::StrCat(plan.config_.name, ": scale is ", scale, ", must be finite and greater than 0"));
   }
   Device& device = plan.manager_.device();
+  bool begins_early = false;
   if (device.backend() == Backend::kCuda) {
     const DecodeVariant* variant = FindDecodeVariant(plan.config_.dtype, *plan.config_.kv_dtype, plan.config_.head_dim);
     if (variant->prepare == nullptr) {
@@ -127,9 +128,9 @@ absl::StatusOr<std::unique_ptr<PagedDecode>> PagedDecode::Create(const DecodePla
     // Attributes belong to the current device; queueing on one of its streams makes this device the current one.
     PRISTINE_ASSIGN_OR_RETURN(const std::unique_ptr<Stream> stream, device.CreateStream());
     PRISTINE_RETURN_IF_ERROR(
-        stream->EnqueueCudaKernel(variant->decode.name, [variant](CUstream_st*) { return variant->prepare(); }));
+        stream->EnqueueCudaKernel(variant->decode.name, [&](CUstream_st*) { return variant->prepare(&begins_early); }));
   }
-  return std::unique_ptr<PagedDecode>(new PagedDecode(plan, scale));
+  return std::unique_ptr<PagedDecode>(new PagedDecode(plan, scale, begins_early));
 }
 
 absl::Status PagedDecode::Run(Stream& stream, const Extent& bucket, const DecodeTensors& tensors) const {
@@ -177,7 +178,8 @@ absl::Status PagedDecode::Run(Stream& stream, const Extent& bucket, const Decode
                               .most_tiles = MostTiles(config, rows),
                               .window = config.window,
                               .scale_log2 = scale_ * kLog2E,
-                              .soft_cap = config.soft_cap};
+                              .soft_cap = config.soft_cap,
+                              .begins_early = begins_early_};
   if (config.scheduler == DecodeScheduler::kDevice) return Launch(stream, kernel, decode);
 
   decode.plan = workspace->values.live.address();

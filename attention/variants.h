@@ -23,7 +23,9 @@ struct DecodeVariant {
   // takes no scratch.
   int32_t blocks_per_multiprocessor;
   int32_t shared_bytes;  // that a block of the device must be able to have, beyond what every device has; 0: none
-  int (*prepare)();  // allows the kernels their shared memory on the current device; a cudaError_t. Null without CUDA
+  // Allows the kernels their shared memory on the current device, and says whether they may be launched over a
+  // programmatic edge there; a cudaError_t. Null without CUDA.
+  int (*prepare)(bool* begins_early);
 };
 
 absl::Span<const DecodeVariant> DecodeVariants();

@@ -22,6 +22,8 @@ __device__ inline unsigned SharedAddress(const void* pointer) {
 __device__ inline void CopyAsync(unsigned to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+// The line at `at` is asked for, into the L2 cache. Nothing waits for it.
+__device__ inline void PrefetchL2(const void* at) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(at)); }
 __device__ inline void CommitAsync() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 template <int kLeft>
 __device__ inline void WaitAsync() {
@@ -71,6 +73,25 @@ __device__ inline float2 UnpackPair(Float16, unsigned pair) {
 __device__ inline unsigned WidenPair(unsigned pair) {
   const __half2_raw wide = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
   return static_cast<unsigned>(wide.x) | static_cast<unsigned>(wide.y) << 16;
+}
+
+// From the L2 cache, and only if `there`; without a branch, so that loads that follow do not wait.
+__device__ inline void LoadIf(bool there, const float* from, float& to) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p ld.global.cg.f32 %0, [%1];\n}\n"
+               : "+f"(to)
+               : "l"(from), "r"(static_cast<int>(there)));
+}
+__device__ inline void LoadIf(bool there, const float* from, float4& to) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+               : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
+               : "l"(from), "r"(static_cast<int>(there)));
+}
+// A counter shared with other blocks, to 0 past `most`; returns what it was. What a thread of this block wrote before a
+// barrier ahead of it is seen by those who come later, behind a barrier.
+__device__ inline unsigned IncrementAcqRel(unsigned* counter, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;\n" : "=r"(before) : "l"(counter), "r"(most) : "memory");
+  return before;
 }
 
 __device__ inline float Exp2(float x) {

@@ -1,6 +1,6 @@
 // A block at work, from pieces to results. It runs through the tiles of its pieces, then merges its warps' shares. Each
 // piece becomes either the result of a whole unit, or a partial result, which the last of a unit's blocks to arrive
-// merges, always in the blocks' order.
+// merges, always in the blocks' order. What it does before the kernel ahead of it has ended is in Begin and Hint.
 #ifndef PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_BLOCK_CUH_
 #define PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_BLOCK_CUH_
 
@@ -25,22 +25,16 @@ constexpr int SharedBytes(int rows) {
   return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) + 4 * (rows + 1);
 }
 
-// What became of one row of a piece, over all warps. The top of scores that are all NaN is -inf, too: only the mass
-// tells them from nothing to attend.
+// What became of one row of a piece. The top of scores that are all NaN is -inf, too: only the mass tells them from
+// nothing to attend.
 struct Total {
   float top, mass;
   __device__ float Lse() const { return mass == 0.0f ? -CUDART_INF_F : top + log2f(mass); }
 };
-__device__ inline Total TotalOf(const Small& small, int row) {
-  Total total = {-CUDART_INF_F, 0.0f};
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) total.top = fmaxf(total.top, small.top[w][row]);
-  const float safe = total.top == -CUDART_INF_F ? 0.0f : total.top;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) total.mass = fmaf(small.mass[w][row], Exp2(small.top[w][row] - safe), total.mass);
-  return total;
-}
 
+__device__ inline void AddScaled(float4& sum, float4 x, float factor) {
+  sum = {fmaf(x.x, factor, sum.x), fmaf(x.y, factor, sum.y), fmaf(x.z, factor, sum.z), fmaf(x.w, factor, sum.w)};
+}
 __device__ inline float4 Scaled(float4 x, float factor) {
   return {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
 }
@@ -48,16 +42,15 @@ __device__ inline float4 Scaled(float4 x, float factor) {
 // One head's result: four dimensions of it, and its LSE from the thread that has the first ones. `sum` is over
 // total.mass at total.top.
 template <class T, int kHeadDim>
-__device__ inline void WriteResult(const PagedDecodeParams& p, const Piece& piece, int row, int dim, float4 sum,
+__device__ inline void WriteResult(const DecodeLaunch& launch, const Piece& piece, int row, int dim, float4 sum,
                                    Total total) {
-  const int group = p.q_heads / p.kv.kv_heads;
-  const int m = piece.first_m + row;
-  const int head = piece.kv_head * group + m % group;
+  const PagedDecodeParams& p = launch.p;
+  const long long place = HeadPlace(launch, piece.row, piece.kv_head, piece.first_m + row);
   float factor = 0.0f;
   if (total.mass != 0.0f) {
     factor = p.kv.v_scale == nullptr ? 1.0f : *p.kv.v_scale;
     if (p.sinks != nullptr) {
-      const float sink = p.sinks[head] * kLog2E;
+      const float sink = p.sinks[place % p.q_heads] * kLog2E;
       const float top = fmaxf(total.top, sink);
       const float decay = Exp2(total.top - top);
       total = {top, fmaf(total.mass, decay, Exp2(sink - top))};
@@ -65,7 +58,6 @@ __device__ inline void WriteResult(const PagedDecodeParams& p, const Piece& piec
     }
     factor /= total.mass;
   }
-  const long long place = (static_cast<long long>(piece.row) * p.q_len + m / group) * p.q_heads + head;
   const float4 x = Scaled(sum, factor);
   *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + place * kHeadDim + dim) = {PackPair(T{}, x.x, x.y),
                                                                                 PackPair(T{}, x.z, x.w)};
@@ -79,46 +71,104 @@ class Block {
   using WarpState = State<T, Kv, kHeadDim, kMTiles>;
   static constexpr int kVecs = kHeadDim / 4;  // float4 of a row
 
-  __device__ Block(const PagedDecodeParams& p, unsigned char* shared)
-      : p_(p),
+  __device__ Block(const DecodeLaunch& launch, unsigned char* shared)
+      : launch_(launch),
+        p_(launch.p),
+        shared_(shared),
         turn_(shared + kWarps * S::kRing),
         small_(*reinterpret_cast<Small*>(turn_ + S::kTurnBytes)),
         prefix_(reinterpret_cast<int*>(&small_ + 1)),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         ring_(SharedAddress(shared) + warp_ * S::kRing),
-        loader_(p, ring_, small_.attended[warp_]) {}
+        loader_(launch, ring_, small_.attended[warp_]) {}
 
   __device__ void Run() {
-    const int group = p_.q_heads / p_.kv.kv_heads;
-    line_.passes = (group * p_.q_len + S::kRows - 1) / S::kRows;
-    line_.units = p_.kv.kv_heads * line_.passes;
+    LetDependentsBegin();  // all blocks fit on the device: what comes next takes none of their places
     line_.prefix = prefix_;
     if (p_.plan != nullptr) {
+      AwaitPredecessors();
       RunItem();
       return;
     }
-    ScanRows<S::kTile>(p_, prefix_, small_);
-    line_.total = prefix_[p_.rows] * line_.units;
-    const int blocks = min(static_cast<int>(gridDim.x), line_.total);
-    if (blockIdx.x < blocks) {
-      line_.Divide(blocks);
-      const int begin = line_.BeginOf(blockIdx.x);
-      end_ = line_.BeginOf(blockIdx.x + 1);
-      RunPieces(begin, PieceAt<S>(p_, line_, begin, end_));
-    }
+    int begin;
+    Piece piece;
+    Begin(begin, piece);
+    if (begin < end_) RunPieces(begin, piece);
     ClearEmptyRows();
   }
 
  private:
+  // Finds the block's part of the line and its first piece, and has the loader at its start. Early it is a guess,
+  // which is checked after the wait, together with the first look-ups, and made anew where it was wrong.
+  __device__ void Begin(int& begin, Piece& piece) {
+    bool waited = !p_.begins_early;
+#pragma unroll 1
+    for (;;) {
+      const int filled = ScanRows<S::kTile>(p_, prefix_, small_);
+      line_.Divide(launch_, filled, gridDim.x);
+      const bool works = static_cast<int>(blockIdx.x) < line_.blocks;
+      begin = end_ = 0;
+      piece.row = -1;
+      if (works) {
+        begin = line_.BeginOf(blockIdx.x);
+        end_ = line_.BeginOf(blockIdx.x + 1);
+        piece = PieceAt<S>(launch_, line_, begin, end_);
+      }
+      if (!waited && works) Hint(piece);
+      if (!waited) AwaitPredecessors();
+      if (works) loader_.Start(piece);
+      if (waited || !__syncthreads_or(Changed(piece))) return;
+      waited = true;
+    }
+  }
+  // Asks for a piece's first tiles. A guess may name anything: what is asked for is in the pool.
+  __device__ void Hint(const Piece& piece) const {
+    constexpr int kLines = (S::kRowBytes + 127) / 128;                    // of a token's K or V
+    constexpr int kEach = (S::kTile * kLines + kThreads - 1) / kThreads;  // of a thread and tile
+    int page[kHintTiles * kEach];
+    const auto position_of = [&](int i) {
+      return (piece.tile + i / kEach) * S::kTile + (threadIdx.x + i % kEach * kThreads) / kLines;
+    };
+#pragma unroll
+    for (int i = 0; i < kHintTiles * kEach; ++i) {
+      const int position = position_of(i);
+      const bool is_there = i / kEach < piece.tiles && position >= piece.low && position < piece.high;
+      page[i] = is_there ? FreshRead()(piece.pages + launch_.by_page.Quotient(position)) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kHintTiles * kEach; ++i) {
+      if (page[i] < 0 || page[i] >= p_.kv.num_pages) continue;
+      const int position = position_of(i);
+      const int in_page = position - launch_.by_page.Quotient(position) * p_.kv.page_size;
+      const long long at =
+          (page[i] * p_.kv.page_stride + in_page * p_.kv.token_stride + piece.kv_head * p_.kv.head_stride) *
+              int{sizeof(Kv)} +
+          threadIdx.x % kLines * 128;
+      PrefetchL2(static_cast<const char*>(p_.kv.k) + at);
+      PrefetchL2(static_cast<const char*>(p_.kv.v) + at);
+    }
+  }
+  // Whether the page table is not what the guess was made of, as far as it matters to this block.
+  __device__ bool Changed(const Piece& piece) const {
+    bool changed = false;
+    for (int row = threadIdx.x; row < p_.rows; row += kThreads) {
+      const RowPages pages = PagesOf(p_.kv, row, FreshRead());
+      const int length = LengthOf(pages);
+      changed |= TilesOf<S::kTile>(p_, length) != prefix_[row + 1] - prefix_[row];
+      if (row == piece.row) changed |= length != piece.length || p_.kv.pages + pages.first != piece.pages;
+    }
+    return changed;
+  }
+
   __device__ void RunItem() {
     const int item = blockIdx.x;
     if (item >= min(p_.plan[kPlanCount], p_.max_items)) return;
     const int32_t* const work = p_.plan + PlanItemsAt(p_.rows) + 3LL * item;
     Piece piece = {};
     piece.row = work[0];
-    piece.kv_head = blockIdx.y / line_.passes;
-    piece.first_m = blockIdx.y % line_.passes * S::kRows;
+    piece.kv_head = launch_.by_passes.Quotient(blockIdx.y);
+    piece.first_m = (blockIdx.y - piece.kv_head * launch_.passes) * S::kRows;
     if (piece.row >= 0 && piece.row < p_.rows) {
       const RowPages pages = PagesOf(p_.kv, piece.row);
       piece.pages = p_.kv.pages + pages.first;
@@ -134,13 +184,14 @@ class Block {
     piece.tile = piece.low / S::kTile;
     piece.tiles = (piece.high + S::kTile - 1) / S::kTile - piece.tile;
     end_ = piece.tiles;
+    loader_.Start(piece);
     RunPieces(0, piece);
   }
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
   __device__ void LoadNext(int stage) {
     if (__builtin_expect(loader_.left() == 0 && ahead_ < end_, 0)) {
-      const Piece piece = PieceAt<S>(p_, line_, ahead_, end_);
+      const Piece piece = PieceAt<S>(launch_, line_, ahead_, end_);
       ahead_ += piece.tiles;
       loader_.Start(piece);
     }
@@ -148,15 +199,17 @@ class Block {
     CommitAsync();  // an empty group, too, counts
   }
 
+  // The loader is at the first piece's start.
   __device__ void RunPieces(int begin, Piece piece) {
-    loader_.Start(piece);
+    Queries<kHeadDim, kMTiles> queries;
+    LoadQueries<T>(launch_, piece, queries);
     ahead_ = begin + piece.tiles;
     for (int stage = 0; stage < S::kStages - 1; ++stage) LoadNext(stage);
     const ScoreScale scale = ScoreScaleOf(p_);
     WarpState state;
     int stage = 0;
     for (int at = begin;;) {
-      LoadQueries<T, Kv, kHeadDim, kMTiles>(p_, piece, turn_, small_);
+      StoreQueries<T, Kv>(queries, turn_, small_);
       __syncthreads();
       float inner[kMTiles][2];
 #pragma unroll
@@ -194,9 +247,10 @@ class Block {
         ++piece.tile;
         stage = stage == S::kStages - 1 ? 0 : stage + 1;
       }
-      Finish(piece, state);
+      Finish(piece, state, at >= end_);
       if (at >= end_) return;
-      piece = PieceAt<S>(p_, line_, at, end_);
+      piece = PieceAt<S>(launch_, line_, at, end_);
+      LoadQueries<T>(launch_, piece, queries);
     }
   }
 
@@ -213,13 +267,12 @@ class Block {
   // The scores of tokens that a query does not see, of the 16 from `position` on.
   __device__ void Hide(const Piece& piece, unsigned attended, int position,
                        float (&score)[kMTiles][S::kTokens / 8][4]) const {
-    const int group = p_.q_heads / p_.kv.kv_heads;
     const int window = p_.window == 0 ? 0x7fffffff : p_.window;
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int query = (piece.first_m + 16 * t + 8 * h + lane_ / 4) / group;
+        const int query = launch_.by_group.Quotient(piece.first_m + 16 * t + 8 * h + lane_ / 4);
         const int at = piece.length - p_.q_len + query - position;  // the query's own place from here
 #pragma unroll
         for (int n = 0; n < S::kTokens / 8; ++n) {
@@ -234,21 +287,28 @@ class Block {
     }
   }
 
-  __device__ int RowsOf(const Piece& piece) const {
-    return min(S::kRows, p_.q_heads / p_.kv.kv_heads * p_.q_len - piece.first_m);
-  }
+  __device__ int RowsOf(const Piece& piece) const { return min(S::kRows, launch_.rows - piece.first_m); }
   // Of a piece's row among an item's partial results.
   __device__ long long ItemPlace(const Piece& piece, int row) const {
-    const int group = p_.q_heads / p_.kv.kv_heads;
-    const int m = piece.first_m + row;
-    return (static_cast<long long>(blockIdx.x) * p_.q_len + m / group) * p_.q_heads + piece.kv_head * group + m % group;
+    return HeadPlace(launch_, blockIdx.x, piece.kv_head, piece.first_m + row);
   }
-  // Of a piece's row among the partial results of blocks: the first piece of a block, and the last if it is another.
-  __device__ static long long BlockPlace(int block, bool last, int row) {
-    return (2LL * block + last) * kDecodeTileRows + row;
+  // Of a piece's row among the partial results of blocks: first those that begin a unit, then those that go on with
+  // one.
+  __device__ long long BlockPlace(int block, bool begins, int row) const {
+    return (begins ? block : static_cast<long long>(gridDim.x) + block) * kDecodeTileRows + row;
   }
-  // Makes a result, or a partial one, of what the warps have. All threads; ends with a barrier.
-  __device__ void Finish(const Piece& piece, WarpState& state) {
+
+  // Makes a result, or a partial one, of what the warps have. All threads; ends with a barrier. The last piece's warps
+  // leave their sums in their rings, which are empty by then, others a few rows at a time.
+  __device__ void Finish(const Piece& piece, WarpState& state, bool is_last) {
+    const int rows = RowsOf(piece);
+    const int at_once = is_last ? S::kRows : 4;
+    float* const sums = reinterpret_cast<float*>(is_last ? shared_ : turn_);
+    const int warp_stride = is_last ? S::kRing / 4 : 4 * S::kMergeStride;
+    const bool planned = p_.plan != nullptr;
+    const bool whole = !planned && piece.first_block == piece.last_block;
+    // A split unit that begins here is the block's last piece.
+    const bool begins = piece.first_block == static_cast<int>(blockIdx.x);
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
@@ -262,55 +322,41 @@ class Block {
         }
       }
     }
-    __syncthreads();
-    const bool planned = p_.plan != nullptr;
-    const int first = planned ? 0 : line_.OwnerOf(piece.unit_begin);
-    const int last = planned ? 0 : line_.OwnerOf(piece.unit_end - 1);
-    const bool whole = !planned && first == last;
-    const bool starts =
-        first == static_cast<int>(blockIdx.x);  // a split unit that starts here is the block's last piece
-    const int rows = RowsOf(piece);
-    float* const merge = reinterpret_cast<float*>(turn_);
+    if (is_last) {
+      __syncwarp();
+    } else {
+      __syncthreads();  // the queries lie where the sums go
+    }
+    for (int first = 0; first < rows; first += at_once) {
 #pragma unroll
-    for (int t = 0; t < kMTiles; ++t) {
-      const int tile_rows = min(16, rows - 16 * t);
-      if (tile_rows <= 0) break;
-      // As many warps at once as have room, in a fixed order.
-      const int at_once = tile_rows <= 4 ? 4 : tile_rows <= 8 ? 2 : 1;
-      for (int turn = 0; turn < kWarps / at_once; ++turn) {
-        if (warp_ / at_once == turn) {
+      for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int row = 8 * h + lane_ / 4;
-            if (row >= tile_rows) continue;
-            const float top = TotalOf(small_, 16 * t + row).top;
-            const float factor = top == -CUDART_INF_F ? 0.0f : Exp2(state.top[t][h] - top);
-            float* const to = merge + (warp_ % at_once * (16 / at_once) + row) * S::kMergeStride;
-#pragma unroll
-            for (int n = 0; n < WarpState::kColumns; ++n) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                float* const x = to + WarpState::DimOf(n, e);
-                *x = fmaf(state.sum[t][n][2 * h + e], factor, turn == 0 ? 0.0f : *x);
-              }
-            }
-          }
+        for (int h = 0; h < 2; ++h) {
+          const int row = 16 * t + 8 * h + lane_ / 4;
+          if (row < first || row >= min(first + at_once, rows)) continue;
+          state.Store(t, h, sums + warp_ * warp_stride + (row - first) * S::kMergeStride);
         }
-        __syncthreads();
       }
-      for (int i = threadIdx.x; i < tile_rows * kVecs; i += kThreads) {
-        const int row = i / kVecs, dim = i % kVecs * 4;
+      __syncthreads();
+      for (int i = threadIdx.x; i < min(at_once, rows - first) * kVecs; i += kThreads) {
+        const int row = first + i / kVecs, dim = i % kVecs * 4;
+        Total total = {-CUDART_INF_F, 0.0f};
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) total.top = fmaxf(total.top, small_.top[w][row]);
+        const float safe = total.top == -CUDART_INF_F ? 0.0f : total.top;
         float4 sum = {0, 0, 0, 0};
-        for (int w = 0; w < at_once; ++w) {
-          const float4 x = *reinterpret_cast<const float4*>(merge + (w * (16 / at_once) + row) * S::kMergeStride + dim);
-          sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float weight = Exp2(small_.top[w][row] - safe);
+          total.mass = fmaf(small_.mass[w][row], weight, total.mass);
+          AddScaled(sum, *reinterpret_cast<const float4*>(sums + w * warp_stride + i / kVecs * S::kMergeStride + dim),
+                    weight);
         }
-        const Total total = TotalOf(small_, 16 * t + row);
         if (whole) {
-          WriteResult<T, kHeadDim>(p_, piece, 16 * t + row, dim, sum, total);
+          WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
           continue;
         }
-        const long long place = planned ? ItemPlace(piece, 16 * t + row) : BlockPlace(blockIdx.x, starts, 16 * t + row);
+        const long long place = planned ? ItemPlace(piece, row) : BlockPlace(blockIdx.x, begins, row);
         float factor = total.mass != 0.0f ? 1.0f / total.mass : 0.0f;
         if (planned && p_.kv.v_scale != nullptr) factor *= *p_.kv.v_scale;
         *reinterpret_cast<float4*>(p_.partial_out + place * kHeadDim + dim) = Scaled(sum, factor);
@@ -320,36 +366,37 @@ class Block {
     }
     if (planned || whole) return;
     if (threadIdx.x == 0) {
-      __threadfence();
-      const unsigned others = static_cast<unsigned>(last - first);
-      // Wraps to zero with the last one. Only one split unit starts in a block, so the block's counter is the unit's.
-      small_.is_last = atomicInc(p_.counters + first, others) == others;
-      __threadfence();
+      // Wraps to zero with the last one. Only one split unit begins in a block, so the block's counter is the unit's.
+      const unsigned others = static_cast<unsigned>(piece.last_block - piece.first_block);
+      small_.is_last = IncrementAcqRel(p_.counters + piece.first_block, others) == others;
     }
     __syncthreads();
-    if (small_.is_last) Merge(piece, rows, first, last);
+    if (small_.is_last) Merge(piece, rows);
     __syncthreads();
   }
 
-  // The partial results of blocks first … last, in that order.
-  __device__ void Merge(const Piece& piece, int rows, int first, int last) {
+  // The partial results of a unit's blocks, in their order.
+  __device__ void Merge(const Piece& piece, int rows) {
     constexpr int kAtOnce = kMTiles == 1 ? 16 : 8;
     for (int i = threadIdx.x; i < rows * kVecs; i += kThreads) {
       const int row = i / kVecs, dim = i % kVecs * 4;
-      Total total = {-CUDART_INF_F, 0.0f};
-      float4 sum = {0, 0, 0, 0};
-      for (int block = first; block <= last; block += kAtOnce) {
+      // The first block's apart, the others' one after the other.
+      const long long first = BlockPlace(piece.first_block, true, row);
+      Total total = {__ldcg(p_.partial_lse + first), 0.0f};
+      float4 sum = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + first * kHeadDim + dim));
+      const float* lses = p_.partial_lse + BlockPlace(piece.first_block + 1, false, row);
+      const float* parts = p_.partial_out + BlockPlace(piece.first_block + 1, false, row) * kHeadDim + dim;
+      total.mass = total.top == -CUDART_INF_F ? 0.0f : 1.0f;
+      for (int left = piece.last_block - piece.first_block; left > 0; left -= kAtOnce) {
         float lse[kAtOnce];
         float4 part[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const int from = min(block + j, last);  // no branch, so that all loads are under way at once
-          const long long place = BlockPlace(from, from == first, row);
-          lse[j] = __ldcg(p_.partial_lse + place);
-          part[j] = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + place * kHeadDim + dim));
+        for (int j = 0; j < kAtOnce; ++j) {  // all under way at once
+          lse[j] = -CUDART_INF_F;
+          part[j] = {0, 0, 0, 0};
+          LoadIf(j < left, lses + j * kDecodeTileRows, lse[j]);
+          LoadIf(j < left, parts + j * kDecodeTileRows * kHeadDim, part[j]);
         }
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) lse[j] = block + j > last ? -CUDART_INF_F : lse[j];
         float top = total.top;
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, lse[j]);
@@ -361,11 +408,12 @@ class Block {
         for (int j = 0; j < kAtOnce; ++j) {
           const float weight = Exp2(lse[j] - safe);  // 0 of a part that attends nothing, and its values are 0 too
           total.mass += weight;
-          sum = {fmaf(part[j].x, weight, sum.x), fmaf(part[j].y, weight, sum.y), fmaf(part[j].z, weight, sum.z),
-                 fmaf(part[j].w, weight, sum.w)};
+          AddScaled(sum, part[j], weight);
         }
+        lses += kAtOnce * kDecodeTileRows;
+        parts += kAtOnce * kDecodeTileRows * kHeadDim;
       }
-      WriteResult<T, kHeadDim>(p_, piece, row, dim, sum, total);
+      WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
     }
   }
 
@@ -381,7 +429,9 @@ class Block {
     }
   }
 
+  const DecodeLaunch& launch_;
   const PagedDecodeParams& p_;
+  unsigned char* const shared_;  // the warps' rings
   unsigned char* const turn_;
   Small& small_;
   int* const prefix_;

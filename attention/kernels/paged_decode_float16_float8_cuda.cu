@@ -6,8 +6,8 @@ namespace pristine::attention {
 template int PagedDecodeCuda<Float16, Float8E4M3, 64>(CUstream_st*, const PagedDecodeParams&);
 template int PagedDecodeCuda<Float16, Float8E4M3, 128>(CUstream_st*, const PagedDecodeParams&);
 template int PagedDecodeCuda<Float16, Float8E4M3, 256>(CUstream_st*, const PagedDecodeParams&);
-template int PagedDecodePrepare<Float16, Float8E4M3, 64>();
-template int PagedDecodePrepare<Float16, Float8E4M3, 128>();
-template int PagedDecodePrepare<Float16, Float8E4M3, 256>();
+template int PagedDecodePrepare<Float16, Float8E4M3, 64>(bool*);
+template int PagedDecodePrepare<Float16, Float8E4M3, 128>(bool*);
+template int PagedDecodePrepare<Float16, Float8E4M3, 256>(bool*);
 
 }  // namespace pristine::attention

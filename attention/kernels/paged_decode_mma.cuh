@@ -17,26 +17,42 @@ namespace decode_mma {
 // Must not spill (cmake/hot_kernels.txt).
 template <class T, class Kv, int kHeadDim, int kMTiles>
 __global__ void __launch_bounds__(kThreads, DecodeBlocksPerMultiprocessor(kHeadDim))
-    PagedDecodeMma(const __grid_constant__ PagedDecodeParams p) {
+    PagedDecodeMma(const __grid_constant__ DecodeLaunch launch) {
   extern __shared__ __align__(128) unsigned char shared[];
-  Block<T, Kv, kHeadDim, kMTiles>(p, shared).Run();
+  Block<T, Kv, kHeadDim, kMTiles>(launch, shared).Run();
 }
 
 template <class T, class Kv, int kHeadDim, int kMTiles>
 int LaunchMma(CUstream_st* stream, const PagedDecodeParams& params) {
   using S = Shape<Kv, kHeadDim, kMTiles>;
-  void* arguments[] = {const_cast<PagedDecodeParams*>(&params)};
-  const bool planned = params.plan != nullptr;
   const int group = params.q_heads / params.kv.kv_heads;
-  const int units = params.kv.kv_heads * ((group * params.q_len + S::kRows - 1) / S::kRows);
-  const dim3 grid(static_cast<unsigned>(planned ? params.max_items : params.blocks),
-                  static_cast<unsigned>(planned ? units : 1));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&PagedDecodeMma<T, Kv, kHeadDim, kMTiles>), grid,
-                          dim3(kThreads), arguments, SharedBytes<S>(planned ? 0 : params.rows), stream);
+  const int passes = (group * params.q_len + S::kRows - 1) / S::kRows;
+  const int units = params.kv.kv_heads * passes;
+  const DecodeLaunch launch = {.p = params,
+                               .group = group,
+                               .rows = group * params.q_len,
+                               .passes = passes,
+                               .units = units,
+                               .by_group = MakeDivider(group),
+                               .by_passes = MakeDivider(passes),
+                               .by_units = MakeDivider(units),
+                               .by_page = MakeDivider(params.kv.page_size)};
+  const bool planned = params.plan != nullptr;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(planned ? params.max_items : params.blocks, planned ? units : 1);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = SharedBytes<S>(planned ? 0 : params.rows);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = params.begins_early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, &PagedDecodeMma<T, Kv, kHeadDim, kMTiles>, launch);
 }
 
 template <class T, class Kv, int kHeadDim, int kMTiles>
-int PrepareMma() {
+int PrepareMma(bool* begins_early) {
   static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(512) * DecodeBlocksPerMultiprocessor(kHeadDim) <= 227 * 1024,
                 "what a multiprocessor of sm_90 has");
   static_assert(SharedBytes<Shape<Kv, kHeadDim, kMTiles>>(DecodeMaxRows(kHeadDim)) <= DecodeMmaSharedBytes(kHeadDim));
@@ -44,6 +60,9 @@ int PrepareMma() {
   const int error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes = {};
+  if (const int unknown = cudaFuncGetAttributes(&attributes, kernel); unknown != cudaSuccess) return unknown;
+  *begins_early = attributes.ptxVersion >= 90;  // what it was compiled from: before it, kernels cannot wait
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, DecodeMmaSharedBytes(kHeadDim));
 }
 
@@ -61,11 +80,11 @@ int PagedDecodeCuda(CUstream_st* stream, const PagedDecodeParams& params) {
 }
 
 template <class T, class Kv, int kHeadDim>
-int PagedDecodePrepare() {
+int PagedDecodePrepare(bool* begins_early) {
   if constexpr (kHeadDim <= 128) {
-    if (const int error = decode_mma::PrepareMma<T, Kv, kHeadDim, 2>(); error != cudaSuccess) return error;
+    if (const int error = decode_mma::PrepareMma<T, Kv, kHeadDim, 2>(begins_early); error != cudaSuccess) return error;
   }
-  return decode_mma::PrepareMma<T, Kv, kHeadDim, 1>();
+  return decode_mma::PrepareMma<T, Kv, kHeadDim, 1>(begins_early);
 }
 
 }  // namespace pristine::attention

@@ -1,6 +1,7 @@
 // Scheduling (stream-K). The tiles of all rows, times KV heads, times passes over M, form one line; block c takes the
 // c-th of `blocks` equal parts of it. A part is cut into pieces where a unit (row, KV head, pass) ends. Here are the
-// shape of a tile and of what a block keeps of it, and which pieces are whose.
+// shape of a tile and of what a block keeps of it, which pieces are whose, and how a block begins before the kernel
+// ahead of it has ended.
 #ifndef PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_SCHEDULE_CUH_
 #define PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_SCHEDULE_CUH_
 
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 
+#include "attention/kernels/divider.h"
 #include "attention/kernels/paged_decode.h"
 
 namespace pristine::attention {
@@ -16,6 +18,10 @@ namespace decode_mma {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// How work is cut up (Line::Divide), by what was fastest.
+constexpr int kMostParts = 32;  // of a unit
+constexpr int kHintTiles = 1;   // of a block's first that are asked for ahead of time
 
 template <class Kv, int kHeadDim, int kMTiles>
 struct Shape {
@@ -28,7 +34,8 @@ struct Shape {
   static constexpr int kStages = (kHeadDim == 256 ? 48 : 24) * 1024 / (2 * kHalfStage);
   static constexpr int kRing = kStages * 2 * kHalfStage;  // bytes of a warp
   static constexpr int kRows = 16 * kMTiles;              // of M in one pass
-  static constexpr int kMergeStride = kHeadDim + 4;       // floats; off the banks' period
+  // Floats of a row where warps merge: a quarter, or with 16-byte stores an eighth, of a warp's lanes meet all banks.
+  static constexpr int kMergeStride = kHeadDim + (sizeof(Kv) == 1 ? 16 : 8);
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kMergeBytes = 16 * kMergeStride * 4;
   // Queries and the merge of the warps take turns.
@@ -44,14 +51,50 @@ struct alignas(16) Small {
   int is_last;
 };
 
+// The launch, with what the launcher knows of its divisors.
+struct DecodeLaunch {
+  PagedDecodeParams p;
+  int group;   // query heads of a KV head
+  int rows;    // of M, over all passes: group * q_len
+  int passes;  // over them
+  int units;   // of a row: KV heads * passes
+  Divider by_group, by_passes, by_units, by_page;
+};
+
+// The place of packed row `m` among [rows, q_len, q_heads].
+__device__ inline long long HeadPlace(const DecodeLaunch& launch, int row, int kv_head, int m) {
+  const int query = launch.by_group.Quotient(m);
+  return (static_cast<long long>(row) * launch.p.q_len + query) * launch.p.q_heads + kv_head * launch.group + m -
+         query * launch.group;
+}
+
+// A launch over a programmatic edge begins when all blocks of the kernel ahead have begun, with what needs no memory,
+// and with guesses: it reads page tables that may yet change, past the L1 cache, and asks for what they name. Before it
+// uses or writes anything it waits for that kernel's end. Elsewhere both are nothing: the launch was a plain one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline void LetDependentsBegin() { cudaTriggerProgrammaticLaunchCompletion(); }
+__device__ inline void AwaitPredecessors() { cudaGridDependencySynchronize(); }
+#else
+__device__ inline void LetDependentsBegin() {}
+__device__ inline void AwaitPredecessors() {}
+#endif
+// May be read while it is written; two reads are never made one.
+struct FreshRead {
+  __device__ int32_t operator()(const int32_t* at) const {
+    int32_t value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(at));
+    return value;
+  }
+};
+
 // A run of tiles of one unit.
 struct Piece {
-  int row, kv_head, first_m;  // first_m: of the packed rows, query token * group + head of the group
-  const int32_t* pages;       // the row's
-  int length;                 // of the row, in tokens
-  int low, high;              // tokens [low, high) are looked at
-  int tile, tiles;            // the next tile of the row, and how many are left of the piece
-  int unit_begin, unit_end;   // the unit's tiles on the line
+  int row, kv_head, first_m;    // first_m: of the packed rows, query token * group + head of the group
+  const int32_t* pages;         // the row's
+  int length;                   // of the row, in tokens
+  int low, high;                // tokens [low, high) are looked at
+  int tile, tiles;              // the next tile of the row, and how many are left of the piece
+  int first_block, last_block;  // that work on the unit
 };
 
 // Tokens of a row; room is left for positions past its end.
@@ -70,17 +113,32 @@ __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
 // All tiles, and who works on which: the first `longer` blocks take part + 1 of them, the others `part`.
 struct Line {
   const int* prefix;  // shared, [rows + 1]: tiles of the rows before
-  int units;          // of a row: KV heads * passes
-  int passes;
   int total;
+  int blocks;  // that have work
   unsigned part, longer;
 
-  __device__ void Divide(int blocks) {
+  // Where rows are alike, blocks end where units do, even if a few have nothing to do: then a unit is whole, or in
+  // equal parts. `filled`: of the rows, those that are not empty.
+  __device__ void Divide(const DecodeLaunch& launch, int filled, int grid) {
+    const int tiles = prefix[launch.p.rows];
+    total = tiles * launch.units;
+    blocks = min(grid, total);
+    if (total == 0) return;
+    const int all = filled * launch.units;
+    if (prefix[1] * filled == tiles) {
+      if (all < blocks) {
+        blocks = min(blocks / all, kMostParts) * all;
+      } else {
+        const int each = (all + blocks - 1) / blocks;
+        const int whole = (all + each - 1) / each;
+        if (whole > blocks - blocks / 8) blocks = whole;
+      }
+    }
     part = static_cast<unsigned>(total) / blocks;
     longer = static_cast<unsigned>(total) % blocks;
   }
   __device__ int BeginOf(unsigned block) const { return static_cast<int>(block * part + min(block, longer)); }
-  __device__ unsigned OwnerOf(int at) const {
+  __device__ int OwnerOf(int at) const {
     const unsigned before = longer * (part + 1);
     if (static_cast<unsigned>(at) < before) return at / (part + 1);
     return longer + (at - before) / part;
@@ -88,50 +146,52 @@ struct Line {
 };
 
 template <class S>
-__device__ inline Piece PieceAt(const PagedDecodeParams& p, const Line& line, int at, int end) {
-  const int tile = static_cast<unsigned>(at) / line.units;
+__device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, int at, int end) {
+  const PagedDecodeParams& p = launch.p;
+  const int tile = launch.by_units.Quotient(at);
   int low = 0, high = p.rows;  // prefix[low] <= tile < prefix[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (line.prefix[middle] <= tile ? low : high) = middle;
   }
+  const RowPages pages = PagesOf(p.kv, low, FreshRead());
   const int before = line.prefix[low];
   const int tiles = line.prefix[low + 1] - before;
-  const unsigned offset = at - before * line.units;
+  const unsigned offset = at - before * launch.units;
   const int unit = offset / static_cast<unsigned>(tiles);
   const int done = offset - unit * tiles;
-  const RowPages pages = PagesOf(p.kv, low);
   Piece piece;
   piece.row = low;
-  piece.kv_head = unit / line.passes;
-  piece.first_m = unit % line.passes * S::kRows;
+  piece.kv_head = launch.by_passes.Quotient(unit);
+  piece.first_m = (unit - piece.kv_head * launch.passes) * S::kRows;
   piece.pages = p.kv.pages + pages.first;
   piece.length = LengthOf(pages);
   piece.low = FirstSeen(p, piece.length);
   piece.high = piece.length;
   piece.tile = piece.low / S::kTile + done;
-  piece.unit_begin = at - done;
-  piece.unit_end = piece.unit_begin + tiles;
   piece.tiles = min(tiles - done, end - at);
+  piece.first_block = line.OwnerOf(at - done);
+  piece.last_block = line.OwnerOf(at - done + tiles - 1);
   return piece;
 }
 
-// prefix[r]: tiles of the rows before r. All threads of the block; ends with a barrier.
+// prefix[r]: tiles of the rows before r. Returns how many rows have any. All threads of the block; ends with a barrier.
 template <int kTile>
-__device__ inline void ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
+__device__ inline int ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int before = 0;
+  int before = 0, filled = 0;
   if (threadIdx.x == 0) prefix[0] = 0;
   for (int first = 0; first < p.rows; first += kThreads) {
     const int row = first + threadIdx.x;
-    int sum = row < p.rows ? TilesOf<kTile>(p, LengthOf(PagesOf(p.kv, row))) : 0;
+    const int tiles = row < p.rows ? TilesOf<kTile>(p, LengthOf(PagesOf(p.kv, row, FreshRead()))) : 0;
+    int sum = tiles;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(kAllLanes, sum, step);
       if (lane >= step) sum += other;
     }
     if (lane == 31) small.scan[warp] = sum;
-    __syncthreads();
+    filled += __syncthreads_count(tiles > 0);
     int all = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -142,6 +202,7 @@ __device__ inline void ScanRows(const PagedDecodeParams& p, int* prefix, Small& 
     before += all;
     __syncthreads();
   }
+  return filled;
 }
 
 }  // namespace decode_mma

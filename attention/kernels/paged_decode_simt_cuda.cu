@@ -275,11 +275,11 @@ int PagedDecodeCuda<float, float, 128>(CUstream_st* stream, const PagedDecodePar
   return LaunchGroup<float, 128>(stream, params);
 }
 template <>
-int PagedDecodePrepare<float, float, 64>() {
+int PagedDecodePrepare<float, float, 64>(bool*) {
   return Prepare<float, 64>();
 }
 template <>
-int PagedDecodePrepare<float, float, 128>() {
+int PagedDecodePrepare<float, float, 128>(bool*) {
   return Prepare<float, 128>();
 }
 

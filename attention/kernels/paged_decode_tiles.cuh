@@ -27,10 +27,8 @@ __device__ inline int Swizzle(int row, int chunk) {
 template <class S, class Kv>
 class Loader {
  public:
-  __device__ Loader(const PagedDecodeParams& p, unsigned ring, unsigned* attended)
-      : p_(p), ring_(ring), attended_(attended) {
-    page_shift_ = (p.kv.page_size & (p.kv.page_size - 1)) == 0 ? 31 - __clz(p.kv.page_size) : -1;
-  }
+  __device__ Loader(const DecodeLaunch& launch, unsigned ring, unsigned* attended)
+      : launch_(launch), p_(launch.p), ring_(ring), attended_(attended) {}
   __device__ void Start(const Piece& piece) {
     pages_ = piece.pages;
     low_ = piece.low;
@@ -38,17 +36,20 @@ class Loader {
     position_ = piece.tile * S::kTile + threadIdx.x / 32 * S::kTokens;
     left_ = piece.tiles;
     head_ = piece.kv_head * p_.kv.head_stride;
-    LookUp();
+    page_ = LookUp(position_);
+    next_page_ = left_ > 1 ? LookUp(position_ + S::kTile) : -1;
   }
   __device__ int left() const { return left_; }
 
-  // Queues the tile whose pages were looked up, and looks up the next one's.
+  // Queues the next tile, and looks up the pages of the second after it.
   __device__ void Load(int stage) {
     const int lane = threadIdx.x % 32;
     const bool valid = page_ >= 0 && page_ < p_.kv.num_pages;
     const unsigned attended = __ballot_sync(kAllLanes, valid) & S::kAll;
     if (lane == 0) attended_[stage] = attended;
-    const long long own = (page_ * p_.kv.page_stride + in_page_ * p_.kv.token_stride + head_) * int{sizeof(Kv)};
+    const int position = position_ + threadIdx.x % S::kTokens;
+    const int in_page = position - launch_.by_page.Quotient(position) * p_.kv.page_size;
+    const long long own = (page_ * p_.kv.page_stride + in_page * p_.kv.token_stride + head_) * int{sizeof(Kv)};
     const char* const k = static_cast<const char*>(p_.kv.k);
     const long long k_to_v = static_cast<const char*>(p_.kv.v) - k;
     constexpr int kRowsAtOnce = 32 / S::kChunks;
@@ -73,58 +74,60 @@ class Loader {
       }
     }
     position_ += S::kTile;
-    if (--left_ > 0) LookUp();
+    page_ = next_page_;
+    if (--left_ > 1) next_page_ = LookUp(position_ + S::kTile);
   }
 
  private:
-  // The page of this lane's token of the next tile; -1 where there is none to look at. It is not used before the next
-  // tile is loaded, so nobody waits for it.
-  __device__ void LookUp() {
-    const int position = position_ + threadIdx.x % S::kTokens;
-    page_ = -1;
-    if (position < low_ || position >= high_) return;
-    if (page_shift_ >= 0) {
-      page_ = pages_[position >> page_shift_];
-      in_page_ = position & (p_.kv.page_size - 1);
-    } else {
-      const int page = position / p_.kv.page_size;
-      page_ = pages_[page];
-      in_page_ = position - page * p_.kv.page_size;
-    }
+  // The page of this lane's token, of a tile whose share of this warp begins at `first`; -1 where there is none to look
+  // at. It is not used before two more tiles are loaded, so nobody waits for it.
+  __device__ int LookUp(int first) const {
+    const int position = first + threadIdx.x % S::kTokens;
+    if (position < low_ || position >= high_) return -1;
+    return pages_[launch_.by_page.Quotient(position)];
   }
 
+  const DecodeLaunch& launch_;
   const PagedDecodeParams& p_;
   const unsigned ring_;
   unsigned* const attended_;
-  int page_shift_;
   const int32_t* pages_;
   long long head_;
-  int low_, high_, position_, page_ = -1, in_page_ = 0, left_ = 0;
+  int low_, high_, position_, page_ = -1, next_page_ = -1, left_ = 0;
 };
 
 // The queries of a piece, [kRows, kHeadDim] in 16 bit and swizzled. For KV in 8 bits they become float16, each row
 // divided by a power of two that keeps it in range, and each 16 elements in the order in which the loads of K bring
 // theirs.
+//
+// Loaded into registers first, so that they are on their way while other things are.
+template <int kHeadDim, int kMTiles>
+struct Queries {
+  uint4 x[kMTiles][kHeadDim / 64];  // 16-byte vectors of a thread; eight threads share a row
+};
+template <class T, int kHeadDim, int kMTiles>
+__device__ inline void LoadQueries(const DecodeLaunch& launch, const Piece& piece,
+                                   Queries<kHeadDim, kMTiles>& queries) {
+#pragma unroll
+  for (int tile = 0; tile < kMTiles; ++tile) {
+    const int m = piece.first_m + tile * 16 + threadIdx.x / 8;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 64; ++i) queries.x[tile][i] = {0, 0, 0, 0};
+    if (m >= launch.rows) continue;
+    const T* const from = static_cast<const T*>(launch.p.q) + HeadPlace(launch, piece.row, piece.kv_head, m) * kHeadDim;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 64; ++i) {
+      queries.x[tile][i] = reinterpret_cast<const uint4*>(from)[i * 8 + threadIdx.x % 8];
+    }
+  }
+}
 template <class T, class Kv, int kHeadDim, int kMTiles>
-__device__ inline void LoadQueries(const PagedDecodeParams& p, const Piece& piece, unsigned char* shared,
-                                   Small& small) {
-  constexpr int kVecs = kHeadDim / 64;  // 16-byte vectors of a thread; eight threads share a row
-  const int group = p.q_heads / p.kv.kv_heads;
-  const int rows = group * p.q_len;
+__device__ inline void StoreQueries(Queries<kHeadDim, kMTiles>& queries, unsigned char* shared, Small& small) {
+  constexpr int kVecs = kHeadDim / 64;
 #pragma unroll
   for (int tile = 0; tile < kMTiles; ++tile) {
     const int place = tile * 16 + threadIdx.x / 8;
-    const int m = piece.first_m + place;
-    uint4 x[kVecs];
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) x[i] = {0, 0, 0, 0};
-    if (m < rows) {
-      const long long head =
-          (static_cast<long long>(piece.row) * p.q_len + m / group) * p.q_heads + piece.kv_head * group + m % group;
-      const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.q) + head * kHeadDim);
-#pragma unroll
-      for (int i = 0; i < kVecs; ++i) x[i] = from[i * 8 + threadIdx.x % 8];
-    }
+    uint4(&x)[kVecs] = queries.x[tile];
     if constexpr (sizeof(Kv) == 1) {
       if constexpr (std::is_same_v<T, BFloat16>) {
         float most = 0.0f;
@@ -170,7 +173,8 @@ __device__ inline void LoadQueries(const PagedDecodeParams& p, const Piece& piec
 }
 
 // What a warp has gathered of a piece: m16n8 accumulators. Element e of accumulator n, m-tile t, belongs to row
-// 16 t + lane / 4 + 8 * (e / 2) and dimension DimOf(n, e).
+// 16 t + lane / 4 + 8 * (e / 2), and to dimension 8 n + 2 (lane % 4) + e % 2; over KV in 8 bits, whose widening takes
+// dimensions apart, to 16 (n / 2) + 4 (lane % 4) + 2 (e % 2) + n % 2.
 template <class T, class Kv, int kHeadDim, int kMTiles>
 struct State {
   using S = Shape<Kv, kHeadDim, kMTiles>;
@@ -180,10 +184,20 @@ struct State {
   float sum[kMTiles][kColumns][4];
   float top[kMTiles][2], mass[kMTiles][2];  // mass: of this lane's columns
 
-  __device__ static int DimOf(int n, int e) {
+  // The sums of a row, [kHeadDim].
+  __device__ void Store(int t, int h, float* to) const {
     const int pair = threadIdx.x % 4;
-    if constexpr (sizeof(Kv) == 1) return n / 2 * 16 + pair * 4 + e % 2 * 2 + n % 2;
-    return n * 8 + pair * 2 + e % 2;
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 2) {
+      const float* const even = sum[t][n] + 2 * h;
+      const float* const odd = sum[t][n + 1] + 2 * h;
+      if constexpr (sizeof(Kv) == 1) {
+        *reinterpret_cast<float4*>(to + n * 8 + pair * 4) = {even[0], odd[0], even[1], odd[1]};
+      } else {
+        *reinterpret_cast<float2*>(to + n * 8 + pair * 2) = {even[0], even[1]};
+        *reinterpret_cast<float2*>(to + n * 8 + 8 + pair * 2) = {odd[0], odd[1]};
+      }
+    }
   }
 
   __device__ void Clear() {

@@ -33,17 +33,22 @@ struct RowPages {
   int64_t length;  // tokens, clipped to the pages there are
 };
 
-PRISTINE_HOST_DEVICE inline RowPages PagesOf(const PagedKvView& kv, int64_t row) {
+struct PlainRead {
+  PRISTINE_HOST_DEVICE int32_t operator()(const int32_t* at) const { return *at; }
+};
+template <class Read = PlainRead>
+PRISTINE_HOST_DEVICE inline RowPages PagesOf(const PagedKvView& kv, int64_t row, Read read = {}) {
+  const int64_t most = kv.lengths == nullptr ? INT64_MAX : read(kv.lengths + row);  // no load waits for another
   int64_t first = row * kv.table_stride;
   int64_t last = first + kv.table_stride;
   if (kv.kv_indptr != nullptr) {
-    first = kv.kv_indptr[row];
-    last = kv.kv_indptr[row + 1];
+    first = read(kv.kv_indptr + row);
+    last = read(kv.kv_indptr + row + 1);
   }
   if (last > kv.pages_size) last = kv.pages_size;
   if (first < 0 || last <= first) return {0, 0};
   int64_t length = (last - first) * kv.page_size;
-  if (kv.lengths != nullptr && kv.lengths[row] < length) length = kv.lengths[row];
+  if (most < length) length = most;
   return {first, length < 0 ? 0 : length};
 }
 

@@ -99,6 +99,8 @@ class DecodeHostileTest : public DeviceTest<BackendT> {
 
   // Runs a variant over `arrays`, with a plan or (null) without, and checks every row.
   void Check(const DecodeVariant& variant, const Arrays& arrays, const Config& config, const Plan* plan);
+
+  bool begins_early_ = false;
 };
 TYPED_TEST_SUITE(DecodeHostileTest, AllBackends, BackendNames);
 
@@ -155,7 +157,8 @@ void DecodeHostileTest<BackendT>::Check(const DecodeVariant& variant, const Arra
                     .most_tiles = plan != nullptr ? 0 : 8,
                     .window = config.window,
                     .scale_log2 = 1,
-                    .soft_cap = 0}));
+                    .soft_cap = 0,
+                    .begins_early = begins_early_}));
   if (plan != nullptr) {
     ASSERT_OK(Launch(*this->stream_, variant.merge,
                      {.partial_out = partial_out.As<float>().address(),
@@ -207,8 +210,9 @@ TYPED_TEST(DecodeHostileTest, PageTablesLengthsAndPlansOfAnyContentAreHarmless) 
   for (const DecodeVariant& variant : attention::DecodeVariants()) {
     const bool on_host = this->device_->backend() == Backend::kHost;
     if (on_host && variant.head_dim != 64) continue;  // the oracle does nothing else there
+    this->begins_early_ = false;
     if (!on_host) {
-      ASSERT_EQ(variant.prepare(), 0);
+      ASSERT_EQ(variant.prepare(&this->begins_early_), 0);
     }
     for (const Config& config : kConfigs) {
       for (const Arrays& arrays : kArrays) {

@@ -333,7 +333,8 @@ class DecodeMutantTest : public PagedDecodeTest<BackendT> {
          .most_tiles = 0,
          .window = shape.window,
          .scale_log2 = static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(shape.head_dim)),
-         .soft_cap = 0}));
+         .soft_cap = 0,
+         .begins_early = false}));
     PRISTINE_RETURN_IF_ERROR(Launch(*this->stream_, variant.merge,
                                     {.partial_out = partial_out.As<float>().address(),
                                      .partial_lse = partial_lse.As<float>().address(),

@@ -24,7 +24,8 @@ TYPED_TEST(ScheduleRegression, Sglang34190EntriesBehindThePlansCountAreNotRun) {
   const attention::DecodeVariant& variant =
       *attention::FindDecodeVariant(attention::DType::kFloat32, attention::DType::kFloat32, kDim);
   if (this->device_->backend() == Backend::kCuda) {
-    ASSERT_EQ(variant.prepare(), 0);
+    bool begins_early = false;
+    ASSERT_EQ(variant.prepare(&begins_early), 0);
   }
   const auto put = [&](const auto& values) {
     using T = typename std::decay_t<decltype(values)>::value_type;
@@ -77,7 +78,8 @@ TYPED_TEST(ScheduleRegression, Sglang34190EntriesBehindThePlansCountAreNotRun) {
                     .most_tiles = 0,
                     .window = 0,
                     .scale_log2 = 1,
-                    .soft_cap = 0}));
+                    .soft_cap = 0,
+                    .begins_early = false}));
   ASSERT_OK(Launch(*this->stream_, variant.merge,
                    {.partial_out = partial.template As<float>().address(),
                     .partial_lse = partial_lse.template As<float>().address(),

@@ -35,6 +35,17 @@ struct CopyIntsParams {
 int CopyIntsHost(const CopyIntsParams& p);
 int CopyIntsCuda(CUstream_st* stream, const CopyIntsParams& p);
 
+// The same, but late: at its beginning it lets a kernel begin that was launched over a programmatic edge, then takes
+// its time, and then copies. Who does not wait for it sees what was there before.
+struct LateCopyParams {
+  int* to;
+  const int* from;
+  int64_t count;
+  int64_t nanoseconds;
+};
+int LateCopyHost(const LateCopyParams& p);
+int LateCopyCuda(CUstream_st* stream, const LateCopyParams& p);
+
 // Returns once *flag != 0, or after 20 s: a test that forgets the flag fails instead of hanging.
 struct SpinParams {
   int* flag;  // pinned memory
@@ -79,6 +90,9 @@ inline constexpr Kernel<SetValueParams> kSetValueUndeclared{"set_value_undeclare
 inline constexpr Kernel<CopyIntsParams> kCopyInts{
     "copy_ints", CopyIntsHost, PRISTINE_CUDA(CopyIntsCuda),
     [](const CopyIntsParams& p, WriteList& writes) { writes.Add(p.to, p.count * sizeof(int)); }};
+inline constexpr Kernel<LateCopyParams> kLateCopy{
+    "late_copy", LateCopyHost, PRISTINE_CUDA(LateCopyCuda),
+    [](const LateCopyParams& p, WriteList& writes) { writes.Add(p.to, p.count * sizeof(int)); }};
 inline constexpr Kernel<SpinParams> kSpin{"spin", SpinHost, PRISTINE_CUDA(SpinCuda), WritesNothing<SpinParams>};
 inline constexpr Kernel<FailParams> kFail{"fail", FailHost, PRISTINE_CUDA(FailCuda), WritesNothing<FailParams>};
 inline constexpr Kernel<TrapParams> kTrap{"trap", TrapHost, PRISTINE_CUDA(TrapCuda), WritesNothing<TrapParams>};

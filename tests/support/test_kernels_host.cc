@@ -22,6 +22,8 @@ int CopyIntsHost(const CopyIntsParams& p) {
   return 0;
 }
 
+int LateCopyHost(const LateCopyParams& p) { return CopyIntsHost({p.to, p.from, p.count}); }
+
 int SpinHost(const SpinParams& p) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   while (std::atomic_ref<int>(*p.flag).load() == 0) {

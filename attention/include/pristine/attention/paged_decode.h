@@ -54,9 +54,11 @@ class PagedDecode {
   absl::Status Run(Stream& stream, const Extent& bucket, const DecodeTensors& tensors) const;
 
  private:
-  PagedDecode(const DecodePlan& plan, float scale) : plan_(plan), scale_(scale) {}
+  PagedDecode(const DecodePlan& plan, float scale, bool begins_early)
+      : plan_(plan), scale_(scale), begins_early_(begins_early) {}
   const DecodePlan& plan_;
   const float scale_;
+  const bool begins_early_;
 };
 
 }  // namespace pristine::attention
