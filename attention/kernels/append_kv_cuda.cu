@@ -80,6 +80,7 @@ struct AppendKvLaunch {
 // Block: (vectors of a row, rows). Grid: (rows, vectors).
 template <class Op>
 __global__ void __launch_bounds__(kThreads) AppendKvKernel(const __grid_constant__ AppendKvLaunch launch) {
+  LetNextBegin();
   WaitForStream();
   const AppendKvParams& p = launch.params;
   const unsigned token = blockIdx.x * blockDim.y + threadIdx.y;

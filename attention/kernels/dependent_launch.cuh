@@ -1,9 +1,9 @@
 // Launches that are on the device before the kernel ahead of them has ended, and wait there: 0.5 to 1 us of each small
 // kernel is spent on being launched. Captured, they become programmatic edges.
 //
-// The order of the stream holds only if every thread of such a kernel calls WaitForStream before it touches memory, also
-// where it then has nothing to do: a kernel that ended without waiting could end before the one ahead of it, and the
-// next one would wait for the wrong end. (CUDA C++ Programming Guide, "Programmatic Dependent Launch and
+// The order of the stream holds only if every thread of such a kernel calls WaitForStream before it touches memory,
+// also where it then has nothing to do: a kernel that ended without waiting could end before the one ahead of it, and
+// the next one would wait for the wrong end. (CUDA C++ Programming Guide, "Programmatic Dependent Launch and
 // Synchronization".)
 #ifndef PRISTINE_ATTENTION_KERNELS_DEPENDENT_LAUNCH_CUH_
 #define PRISTINE_ATTENTION_KERNELS_DEPENDENT_LAUNCH_CUH_
@@ -12,16 +12,23 @@
 
 namespace pristine::attention {
 
-// Lets the next kernel of the stream come to the device once all blocks are here, if it waits like this one, and waits
-// for all that the stream held before.
+// Waits for all that the stream held before.
 __device__ inline void WaitForStream() {
 #if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
 }
 
-// Code for architectures before sm_90 does not wait, so that a program which has some is launched in plain order on all.
+// Lets the next kernel of the stream come to the device, if it waits like this one, once all blocks have been here or
+// have ended.
+__device__ inline void LetNextBegin() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// Code for architectures before sm_90 does not wait, so that a program which has some is launched in plain order on
+// all.
 constexpr bool CompiledToWait() {
   for (const int architecture : {__CUDA_ARCH_LIST__}) {
     if (architecture < 900) return false;

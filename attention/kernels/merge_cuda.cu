@@ -173,6 +173,7 @@ __device__ inline void WriteMerged(const MergeOutput& out, long long row, int he
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kMergeMaxThreads) MergePairKernel(const MergePairParams p) {
   using P = Part<T, kHeadDim>;
+  LetNextBegin();
   WaitForStream();
   const long long row = static_cast<long long>(blockIdx.x) * blockDim.z + threadIdx.z;
   const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);
@@ -208,6 +209,7 @@ __global__ void __launch_bounds__(kMergeMaxThreads) MergePairKernel(const MergeP
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kSetsThreads, kSetsBlocks<T, kHeadDim>) MergeSetsKernel(const MergeSetsParams p) {
   using P = Part<T, kHeadDim>;
+  LetNextBegin();
   WaitForStream();
   const long long row = blockIdx.x;
   const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);

@@ -115,6 +115,38 @@ TYPED_TEST(MergeGraphTest, RaggedMergesAreTheSameEagerlyCapturedAndReplayedWithO
   EXPECT_EQ(found[0].kind, Violation::Kind::kInvariant);
 }
 
+// Kernels come to the device before the one ahead of them has ended, and must wait there for what it writes.
+TYPED_TEST(MergeGraphTest, MergesThatReadEachOthersResultsTakeTheirTurns) {
+  const MergeShape shape = {DType::kFloat32, 4, 64};
+  constexpr int32_t kRows = 400, kSteps = 8;
+  const HostStates start = RandomStates(shape, kRows, 40);
+  const MutableStates at[2] = {this->Put(start), this->Output(shape, kRows)};
+  std::vector<MutableStates> others;
+  for (int step = 0; step < kSteps; ++step) others.push_back(this->Put(RandomStates(shape, kRows, 50 + step)));
+  const auto merge = [&](Stream& stream, int step) {
+    return MergeState(stream, shape, kRows, this->In(at[step % 2]), this->In(others[step]), at[1 - step % 2],
+                      this->reports());
+  };
+  for (int step = 0; step < kSteps; ++step) {
+    ASSERT_OK(merge(*this->stream_, step));
+    ASSERT_OK(this->stream_->Synchronize());
+  }
+  ASSERT_OK_AND_ASSIGN(const std::vector<std::byte> expected, Download(*this->stream_, at[kSteps % 2].v));
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Graph> graph, pristine::Capture(*this->stream_, [&](Stream& capturing) {
+                         for (int step = 0; step < kSteps; ++step) PRISTINE_RETURN_IF_ERROR(merge(capturing, step));
+                         return absl::OkStatus();
+                       }));
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<GraphExec> exec, graph->Instantiate());
+  for (int run = 0; run < 3; ++run) {
+    ASSERT_OK(Upload(*this->stream_, at[0].v, ToBytes(start.v, shape.dtype)));
+    ASSERT_OK(Upload(*this->stream_, this->AsFloat(at[0].lse), start.lse));
+    ASSERT_OK(this->stream_->Fill(at[1].v, std::byte{0xff}));
+    ASSERT_OK(exec->Launch(*this->stream_));
+    ASSERT_OK_AND_ASSIGN(const std::vector<std::byte> found, Download(*this->stream_, at[kSteps % 2].v));
+    EXPECT_EQ(found, expected) << run;
+  }
+}
+
 // As flashinfer's merge_state_in_place_with_mask test: many masks through one graph.
 TYPED_TEST(MergeGraphTest, AMaskThatIsRefilledEachStepDecidesWhichRowsAreMerged) {
   const MergeShape shape = {DType::kFloat16, 4, 64};

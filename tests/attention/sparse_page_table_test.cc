@@ -251,6 +251,43 @@ TYPED_TEST(SparsePageTableTest, ScansMoreRowsThanABlockHasThreads) {
   EXPECT_TRUE(this->Poll().empty());
 }
 
+// Rows of several parts, whose beginnings and ends lie anywhere in a line of memory.
+TYPED_TEST(SparsePageTableTest, LongRowsAreWholeForEveryBlockAndPageSize) {
+  uint64_t seed = 6000;
+  for (const auto& [block, page_size] : {std::pair<int32_t, int32_t>{64, 64}, {64, 1}, {48, 16}, {10, 1}, {10, 12}}) {
+    for (const int32_t topk : {30, 130}) {
+      const SparseConfig config = {.groups = 3, .block = block, .topk = topk, .dense_len = topk * block - 7};
+      const int32_t bound = SparseRowBound(config), max_length = 2 * bound + 77;
+      this->Create(config, page_size, 7, max_length, {{7, 7}});
+      std::mt19937_64 random(++seed);
+      Values lengths = {max_length, bound, 0, bound + 1, bound - 7, 5};
+      for (int32_t& length : lengths) {
+        if (length > bound) length -= static_cast<int32_t>(random() % 70);
+      }
+      const Step step = this->Random(lengths, seed);
+      ASSERT_OK(this->Run(step, {7, 7}));
+      this->ExpectConverted(step, {7, 7});
+      EXPECT_TRUE(this->Poll().empty());
+      ASSERT_FALSE(this->HasFailure()) << block << " " << page_size << " " << topk << ", seed " << seed;
+    }
+  }
+}
+
+// From some 2^22 indices on, another kernel does pages of one token.
+TYPED_TEST(SparsePageTableTest, ManyLongRowsOfTokensAreWhole) {
+  constexpr int32_t kRequests = 350;
+  const SparseConfig config = {.groups = 2, .block = 64, .topk = 96};
+  this->Create(config, 1, kRequests, 7000, {{kRequests, kRequests}});
+  std::mt19937_64 random(7000);
+  Values lengths(kRequests - 1);
+  for (int32_t& length : lengths)
+    length = static_cast<int32_t>(random() % 20 == 0 ? random() % 7001 : 6145 + random() % 800);
+  const Step step = this->Random(lengths, random());
+  ASSERT_OK(this->Run(step, {kRequests, kRequests}));
+  this->ExpectConverted(step, {kRequests, kRequests});
+  EXPECT_TRUE(this->Poll().empty());
+}
+
 TYPED_TEST(SparsePageTableTest, LengthsOutOfRangeAreClampedAndReported) {
   this->Create({.groups = 2, .block = 8, .topk = 4}, 16, 4, 200, {{4, 4}}, OnViolation::kRecord);
   Step step = this->Random({200, 10, 200, 7}, 5);
