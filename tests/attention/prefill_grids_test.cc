@@ -1,7 +1,7 @@
 // Parameter grids of other projects' prefill tests, over our kernels: FlashInfer's test_batch_prefill_kernels,
-// test_sliding_window, test_attention_sink, test_logits_cap and test_batch_attention, FlashAttention-3's
-// test_flash_attn_kvcache, vLLM's test_flash_attn. Batch sizes are ours where theirs repeat the same request. Host runs
-// the small cells; CUDA compares a sample of the heads of large ones.
+// test_sliding_window, test_attention_sink, test_logits_cap, test_batch_attention and the ragged rows of
+// test_xqa_batch_decode, FlashAttention-3's test_flash_attn_kvcache, vLLM's test_flash_attn. Batch sizes are ours where
+// theirs repeat the same request. Host runs the small cells; CUDA compares a sample of the heads of large ones.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -124,6 +124,33 @@ TYPED_TEST(PrefillGridTest, FlashInferBatchAttention) {
           if (this->on_host() && seed % 4 != 0) continue;
           this->Expect(shape, 2, 17, 146);
         }
+      }
+    }
+  }
+}
+
+// test_xqa_batch_decode with requests of different numbers of queries, which decode kernels do not take.
+TYPED_TEST(PrefillGridTest, FlashInferXqaRaggedQueries) {
+  uint64_t seed = 5550;
+  for (const std::vector<int32_t>& qo_lens :
+       {std::vector<int32_t>{1, 3, 2, 4}, {5, 1, 3, 2}, {1, 4, 2, 3}, {5, 0, 3, 2}}) {
+    for (const auto& [dtype, kv_dtype] : {std::pair{DType::kBFloat16, DType::kBFloat16},
+                                          {DType::kFloat16, DType::kFloat16},
+                                          {DType::kBFloat16, DType::kFloat8E4M3},
+                                          {DType::kFloat16, DType::kFloat8E4M3}}) {
+      for (const int32_t window : {0, 127}) {
+        PrefillShape shape = {.dtype = dtype, .kv_dtype = kv_dtype, .q_heads = 12, .kv_heads = 2};
+        shape.head_dim = 128;
+        shape.page_size = seed % 2 == 0 ? 16 : 64;
+        shape.layout = seed % 3 == 0 ? KvLayout::kNHD : KvLayout::kHND;
+        shape.window = window;
+        shape.sinks = seed % 5 < 2;
+        shape.block_table = seed % 7 < 3;
+        shape.seed = ++seed;
+        if (this->on_host() && seed % 8 != 0) continue;
+        const PrefillCase step(shape, qo_lens, {110, 5, 77, 64});
+        this->ExpectAttention(step, {4, 16});
+        this->cells_++;
       }
     }
   }

@@ -52,8 +52,8 @@ struct StepAttentionTensors {
   DeviceSpan<const float> sinks = {};    // [q_heads] logits, natural log; empty: none
 };
 
-// Reads of the metadata: lengths; kv_indptr and kv_indices, or the block table where it has one; and, where requests may
-// differ, qo_indptr. Not thread-safe.
+// Reads of the metadata: lengths; kv_indptr and kv_indices, or the block table where it has one; qo_indptr where
+// requests may differ. Not thread-safe.
 class StepAttention {
  public:
   // Registers what the kernels need with `manager`, whose device Route is asked about. `manager` and `metadata` must
