@@ -22,6 +22,10 @@ absl::Status Validate(const StepMetadataConfig& config) {
       return absl::InvalidArgumentError(absl::StrCat(config.name, ": ", what, " is ", size, ", must be at least 1"));
     }
   }
+  if (config.max_requests == kMaxInt32) {  // an indptr has one entry more
+    return absl::InvalidArgumentError(
+        absl::StrCat(config.name, ": max_requests is ", config.max_requests, ", must be less"));
+  }
   if (config.worst_length > config.max_length) {
     return absl::InvalidArgumentError(absl::StrCat(config.name, ": worst_length is ", config.worst_length,
                                                    ", must be at most max_length ", config.max_length));

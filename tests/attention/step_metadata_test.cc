@@ -256,6 +256,7 @@ TYPED_TEST(StepMetadataTest, WrongConfigurationsAreRefusedByName) {
     EXPECT_STATUS(StepMetadata::Create(*this->manager_, config), kInvalidArgument, part);
   };
   refused([](auto& c) { c.max_requests = 0; }, "max_requests is 0");
+  refused([](auto& c) { c.max_requests = std::numeric_limits<int32_t>::max(); }, "max_requests is 2147483647");
   refused([](auto& c) { c.max_tokens = -1; }, "max_tokens is -1");
   refused([](auto& c) { c.page_size = 0; }, "page_size is 0");
   refused([](auto& c) { c.num_pages = 0; }, "num_pages is 0");

@@ -52,8 +52,9 @@ struct StepValues {
 // columns behind a request's pages, which kernels prefetch.
 class StepMetadata {
  public:
-  // `manager` must outlive this. INVALID_ARGUMENT: a size < 1, max_requests * ceil(worst_length / page_size) more than
-  // max_step_pages, or ceil(max_length / page_size) more than block_table_width; codes of BufferManager::Register.
+  // `manager` must outlive this. INVALID_ARGUMENT: a size < 1 or of 2^31 - 1 requests, max_requests * ceil(worst_length
+  // / page_size) more than max_step_pages, or ceil(max_length / page_size) more than block_table_width; codes of
+  // BufferManager::Register.
   static absl::StatusOr<std::unique_ptr<StepMetadata>> Create(BufferManager& manager, const StepMetadataConfig& config);
 
   // Refills all of them in the manager's open step. Does not allocate or block. INVALID_ARGUMENT: sizes that do not
