@@ -77,10 +77,11 @@ __device__ Pack<T, kCount> LoadElements(const T* from, int64_t stride, int count
 // Divides a head of `head_dim` (64 or 128) channels of each of kTokens tokens, kCount channels in each of as many
 // threads that follow each other, by its norm; 0: leaves them. All threads of the warp call it. The order of summing is
 // that of four channels by four, then of pairs of these, whatever kCount is: fused and unfused give the same bits.
-// Several tokens at once do not wait for each other's shuffles.
+// With each step a thread keeps the sums of half of its tokens and hands the other half over, so that eight tokens cost
+// little more shuffles than one, and each root is taken by one thread.
 template <class T, int kCount, int kTokens>
 __device__ void NormaliseHeads(Pack<T, kCount> (&y)[kTokens], int head_dim) {
-  static_assert(kCount == 4 || kCount == 8);
+  static_assert((kCount == 4 || kCount == 8) && (kTokens & (kTokens - 1)) == 0 && kTokens <= 64 / kCount);
   float sum[kTokens];
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
@@ -96,18 +97,24 @@ __device__ void NormaliseHeads(Pack<T, kCount> (&y)[kTokens], int head_dim) {
   }
 #pragma unroll
   for (int step = 1; step < 64 / kCount; step *= 2) {
+    if (step < kTokens) {
+      const bool odd = (threadIdx.x & static_cast<unsigned>(step)) != 0;
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) sum[t] += __shfl_xor_sync(0xffffffffu, sum[t], step);
+      for (int i = 0; i < kTokens / (2 * step); ++i) {
+        const float keep = odd ? sum[2 * i + 1] : sum[2 * i], give = odd ? sum[2 * i] : sum[2 * i + 1];
+        sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, step);
+      }
+    } else {
+      sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], step);
+    }
   }
+  const float other = __shfl_xor_sync(0xffffffffu, sum[0], 64 / kCount);
+  if (head_dim == 128) sum[0] += other;
+  const float own_scale = rsqrtf(sum[0] + kNormEpsilon);
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    const float other = __shfl_xor_sync(0xffffffffu, sum[t], 64 / kCount);
-    if (head_dim == 128) sum[t] += other;
-  }
-  if (head_dim == 0) return;
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const float scale = rsqrtf(sum[t] + kNormEpsilon);
+    const float scale = __shfl_sync(0xffffffffu, own_scale, static_cast<int>(threadIdx.x) % 32 / kTokens * kTokens + t);
+    if (head_dim == 0) continue;
     float scaled[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) scaled[i] = y[t].Float(i) * scale;
@@ -127,6 +134,19 @@ class Segments {
       while (segment < 2 && at >= dim[segment]) at -= dim[segment++];
       to_ = static_cast<T*>(out[segment]) + at;
       row_ = dim[segment];
+    }
+  }
+  // Tokens that follow each other.
+  template <int kTokens>
+  __device__ void Store(int64_t token, const Pack<T, kCount> (&y)[kTokens]) const {
+    if constexpr (kVector) {
+      if (count_ <= 0) return;
+      T* to = to_ + token * row_;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t, to += row_) *reinterpret_cast<Pack<T, kCount>*>(to) = y[t];
+    } else {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) Store(token + t, y[t]);
     }
   }
   __device__ void Store(int64_t token, const Pack<T, kCount>& y) const {

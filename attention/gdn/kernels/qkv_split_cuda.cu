@@ -7,6 +7,7 @@
 
 #include "attention/gdn/kernels/channels_device.cuh"
 #include "attention/gdn/kernels/gates_device.cuh"
+#include "attention/gdn/kernels/overlap.cuh"
 #include "attention/gdn/kernels/qkv_split.h"
 
 namespace pristine::attention::gdn {
@@ -35,6 +36,7 @@ constexpr int kWarpChannels = 32 * kPer;
 // Any strides. kVector: a thread's channels follow each other, on both sides, at multiples of 16 bytes.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads) QkvSplitTokensKernel(const __grid_constant__ QkvSplitParams p) {
+  AwaitKernelBefore();
   constexpr int kTileTokens = kWarps * kBatch;
   const int dim = p.dim[0] + p.dim[1] + p.dim[2];
   const int tiles = (dim + kWarpChannels - 1) / kWarpChannels + (p.gates.g == nullptr ? 0 : 1);
@@ -58,6 +60,7 @@ __global__ void __launch_bounds__(kThreads) QkvSplitTokensKernel(const __grid_co
                                 dim - first);
     }
   }
+  AllowNextKernel();
   const Segments<T, kPer, kVector> segments(p.out, p.dim, first);
   if (p.norm_head_dim != 0) NormaliseHeads(x, first < p.dim[0] + p.dim[1] ? p.norm_head_dim : 0);
 #pragma unroll
@@ -66,19 +69,18 @@ __global__ void __launch_bounds__(kThreads) QkvSplitTokensKernel(const __grid_co
   }
 }
 
-// The transposing kernel's tile. kLanes of a warp's threads lie along the tokens: eight for long reads, two where a
-// head of 128 channels must lie in the threads of one warp.
+// The transposing kernel's tile: each of its warps has 32 channels of all its tokens, so that a head is in one block.
 constexpr int kTransposedThreads = 128;
+constexpr int kLanes = 8;  // of a warp's threads along the tokens; the others lie along the channels
 template <class T>
-constexpr int kVectorTokens = 16 / static_cast<int>(sizeof(T));
-template <class T, int kLanes>
 struct TransposedTile {
-  static constexpr int kTokenWarps = kLanes == 8 ? 2 : 4;
-  static constexpr int kTokens = kTokenWarps * kLanes * kVectorTokens<T>;
-  static constexpr int kChannels = kTransposedThreads / 32 / kTokenWarps * (32 / kLanes) * kPer;
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // tokens of a thread
+  static constexpr int kTokens = kLanes * kVector;
+  static constexpr int kWarpChannels = 32 / kLanes * kPer;
+  static constexpr int kChannels = kTransposedThreads / 32 * kWarpChannels;
   // Blocks next to each other are the same channels of this many tiles along the tokens, then the next channels: both
   // what is read and what is written at a time lies in long pieces.
-  static constexpr int kGroup = 16;
+  static constexpr int kGroup = 64;
   static __host__ __device__ int64_t Tiles(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
   static __host__ __device__ int64_t ChannelTiles(int32_t dim) { return (dim + kChannels - 1) / kChannels; }
 };
@@ -100,14 +102,45 @@ __device__ uint32_t WordOf(const uint4& vector, int i) {
   return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
 
+// NormaliseHeads for a tile: a warp's sums lie across its threads, a head's across two or four warps. All threads of
+// the block call it.
+template <class T, int kTokens>
+__device__ void NormaliseTile(Eight<T> (&y)[kTokens], int head_dim) {
+  constexpr int kTileTokens = kLanes * kTokens;
+  __shared__ float sums[kTransposedThreads / 32][kTileTokens];
+  const int warp = threadIdx.x / 32, along = threadIdx.x % kLanes;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    float fours[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) fours[i / 4] = fmaf(y[t].Float(i), y[t].Float(i), fours[i / 4]);
+    float sum = fours[0] + fours[1];
+#pragma unroll
+    for (int step = kLanes; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % 32 < kLanes) sums[warp][along * kTokens + t] = sum;
+  }
+  __syncthreads();
+  const int first = head_dim == 128 ? 0 : warp / 2 * 2;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const int at = along * kTokens + t;
+    float sum = sums[first][at] + sums[first + 1][at];
+    if (head_dim == 128) sum += sums[2][at] + sums[3][at];
+    const float scale = rsqrtf(sum + kNormEpsilon);
+    float scaled[kPer];
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) scaled[i] = y[t].Float(i) * scale;
+    y[t].Set(scaled);
+  }
+}
+
 // kAligned: every channel starts at a multiple of 16 bytes.
-template <class T, int kLanes, bool kAligned>
-__global__ void __launch_bounds__(kTransposedThreads, kLanes == 2 ? 4
-                                                      : kAligned  ? 8
-                                                                  : 5)
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kTransposedThreads, 5)
     QkvSplitTransposedKernel(const __grid_constant__ QkvSplitParams p) {
-  using Tile = TransposedTile<T, kLanes>;
-  constexpr int kVector = kVectorTokens<T>;
+  AwaitKernelBefore();
+  using Tile = TransposedTile<T>;
+  constexpr int kVector = Tile::kVector;
   int64_t channel_tiles = p.gates.g == nullptr ? 0 : 1;
 #pragma unroll
   for (int i = 0; i < 3; ++i) channel_tiles += Tile::ChannelTiles(p.dim[i]);
@@ -126,14 +159,10 @@ __global__ void __launch_bounds__(kTransposedThreads, kLanes == 2 ? 4
     StoreGates(p.gates, tile_token, static_cast<int>(min(int64_t{Tile::kTokens}, p.tokens - tile_token)));
     return;
   }
-  const int warp = threadIdx.x / 32;
-  // Threads next to each other lie along the channels where a norm is asked for: see NormaliseHeads.
-  const int along = threadIdx.x % 32 / (kLanes == 8 ? 1 : 32 / kLanes) % kLanes;
-  const int across = threadIdx.x % 32 / (kLanes == 8 ? kLanes : 1) % (32 / kLanes);
-  const int64_t token = tile_token + (warp % Tile::kTokenWarps * kLanes + along) * kVector;
+  const int along = threadIdx.x % kLanes;
+  const int64_t token = tile_token + along * kVector;
   const int dim = p.dim[segment];
-  const int channel =
-      static_cast<int>(place) * Tile::kChannels + (warp / Tile::kTokenWarps * (32 / kLanes) + across) * kPer;
+  const int channel = static_cast<int>(place) * Tile::kChannels + static_cast<int>(threadIdx.x) / kLanes * kPer;
   const int tokens = static_cast<int>(max(min(int64_t{kVector}, p.tokens - token), int64_t{0}));
   const int channels = max(min(kPer, dim - channel), 0);
 
@@ -141,25 +170,33 @@ __global__ void __launch_bounds__(kTransposedThreads, kLanes == 2 ? 4
   const T* const from = mixed + (segment_start + channel) * p.stride_d + token;
   const int64_t all_channels = int64_t{p.dim[0]} + p.dim[1] + p.dim[2];
   const T* const end = mixed + p.tokens + (all_channels - 1) * p.stride_d;
-  // A channel's two vectors may reach kVector - 1 elements beyond its tokens on either side.
+  // The vectors that a channel's tokens lie in may reach kVector - 1 elements beyond them on either side.
   constexpr int kReach = kAligned ? 0 : kVector;
+  const bool inside = tokens == kVector && channels == kPer && from - mixed >= kReach &&
+                      end - from >= (kPer - 1) * p.stride_d + kVector + kReach;
   uint4 in[kPer];  // each the tokens of one channel
-  if (tokens == kVector && channels == kPer && from - mixed >= kReach &&
-      end - from >= (kPer - 1) * p.stride_d + kVector + kReach) {
-    uint4 next[kPer];
-    const auto late_of = [&](int c) {
-      return static_cast<unsigned>(reinterpret_cast<uintptr_t>(from + c * p.stride_d) % 16);
+  if (kAligned ? inside : __all_sync(0xffffffffu, inside)) {
+    const auto vector_at = [](const T* at) {
+      return reinterpret_cast<const uint4*>(at - reinterpret_cast<uintptr_t>(at) % 16 / sizeof(T));
     };
+    // The second vector of a channel is the first of the next thread's. The last thread's are loaded one by each.
+    uint4 behind = {};
+    if constexpr (!kAligned) behind = vector_at(from + along * (p.stride_d - kVector))[kLanes];
 #pragma unroll
-    for (int c = 0; c < kPer; ++c) {
-      const auto address = reinterpret_cast<uintptr_t>(from + c * p.stride_d);
-      const auto* const at = reinterpret_cast<const uint4*>(address - address % 16);
-      in[c] = at[0];
-      if constexpr (!kAligned) next[c] = at[1];
-    }
+    for (int c = 0; c < kPer; ++c) in[c] = *vector_at(from + c * p.stride_d);
     if constexpr (!kAligned) {
+      static_assert(kLanes == kPer);
 #pragma unroll
-      for (int c = 0; c < kPer; ++c) in[c] = Shifted(in[c], next[c], late_of(c));
+      for (int c = 0; c < kPer; ++c) {
+        const auto next = [&](uint32_t word, uint32_t word_behind) {
+          const uint32_t of_next = __shfl_down_sync(0xffffffffu, word, 1, kLanes);
+          const uint32_t of_last = __shfl_sync(0xffffffffu, word_behind, c, kLanes);
+          return along == kLanes - 1 ? of_last : of_next;
+        };
+        const uint4 second = {next(in[c].x, behind.x), next(in[c].y, behind.y), next(in[c].z, behind.z),
+                              next(in[c].w, behind.w)};
+        in[c] = Shifted(in[c], second, static_cast<unsigned>(reinterpret_cast<uintptr_t>(from + c * p.stride_d) % 16));
+      }
     }
   } else {
 #pragma unroll
@@ -168,6 +205,7 @@ __global__ void __launch_bounds__(kTransposedThreads, kLanes == 2 ? 4
       in[c] = {pack.words[0], pack.words[1], pack.words[2], pack.words[3]};
     }
   }
+  AllowNextKernel();
 
   Eight<T> y[kVector];
 #pragma unroll
@@ -182,7 +220,7 @@ __global__ void __launch_bounds__(kTransposedThreads, kLanes == 2 ? 4
       }
     }
   }
-  if constexpr (kLanes == 2) NormaliseHeads(y, segment < 2 ? p.norm_head_dim : 0);
+  if (p.norm_head_dim != 0 && segment < 2) NormaliseTile(y, p.norm_head_dim);
   T* const to = static_cast<T*>(p.out[segment]) + token * dim + channel;
   const bool whole =
       channels == kPer && reinterpret_cast<uintptr_t>(to) % 16 == 0 && dim * static_cast<int64_t>(sizeof(T)) % 16 == 0;
@@ -211,31 +249,27 @@ bool Multiples(const QkvSplitParams& p, int32_t element_bytes, uintptr_t bytes) 
   return bits % bytes == 0;
 }
 
-template <class T, int kLanes>
+template <class T>
 int LaunchTransposed(CUstream_st* stream, const QkvSplitParams& p) {
-  using Tile = TransposedTile<T, kLanes>;
+  using Tile = TransposedTile<T>;
   int64_t blocks = p.gates.g == nullptr ? 0 : 1;
   for (const int32_t dim : p.dim) blocks += Tile::ChannelTiles(dim);
-  blocks *= Tile::Tiles(p.tokens);
+  const dim3 grid(static_cast<unsigned>(blocks * Tile::Tiles(p.tokens)));
   if (reinterpret_cast<uintptr_t>(p.mixed) % 16 == 0 && p.stride_d * sizeof(T) % 16 == 0) {
-    QkvSplitTransposedKernel<T, kLanes, true><<<static_cast<unsigned>(blocks), kTransposedThreads, 0, stream>>>(p);
-  } else {
-    QkvSplitTransposedKernel<T, kLanes, false><<<static_cast<unsigned>(blocks), kTransposedThreads, 0, stream>>>(p);
+    return LaunchOverlapped(stream, QkvSplitTransposedKernel<T, true>, grid, kTransposedThreads, p);
   }
-  return cudaGetLastError();
+  return LaunchOverlapped(stream, QkvSplitTransposedKernel<T, false>, grid, kTransposedThreads, p);
 }
 
 template <class T>
 int LaunchTokens(CUstream_st* stream, const QkvSplitParams& p) {
   const int64_t dim = int64_t{p.dim[0]} + p.dim[1] + p.dim[2];
   const int64_t tiles = (dim + kWarpChannels - 1) / kWarpChannels + (p.gates.g == nullptr ? 0 : 1);
-  const int64_t blocks = (p.tokens + kWarps * kBatch - 1) / (kWarps * kBatch) * tiles;
+  const dim3 grid(static_cast<unsigned>((p.tokens + kWarps * kBatch - 1) / (kWarps * kBatch) * tiles));
   if (p.stride_d == 1 && Multiples(p, sizeof(T), kPer * sizeof(T))) {
-    QkvSplitTokensKernel<T, true><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
-  } else {
-    QkvSplitTokensKernel<T, false><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
+    return LaunchOverlapped(stream, QkvSplitTokensKernel<T, true>, grid, kThreads, p);
   }
-  return cudaGetLastError();
+  return LaunchOverlapped(stream, QkvSplitTokensKernel<T, false>, grid, kThreads, p);
 }
 
 }  // namespace
@@ -243,10 +277,7 @@ int LaunchTokens(CUstream_st* stream, const QkvSplitParams& p) {
 int QkvSplitCuda(CUstream_st* stream, const QkvSplitParams& params) {
   const bool narrow = params.dtype == DType::kBFloat16;
   if (params.stride_t == 1 && params.stride_d != 1) {
-    if (params.norm_head_dim != 0) {
-      return narrow ? LaunchTransposed<__nv_bfloat16, 2>(stream, params) : LaunchTransposed<float, 2>(stream, params);
-    }
-    return narrow ? LaunchTransposed<__nv_bfloat16, 8>(stream, params) : LaunchTransposed<float, 8>(stream, params);
+    return narrow ? LaunchTransposed<__nv_bfloat16>(stream, params) : LaunchTransposed<float>(stream, params);
   }
   return narrow ? LaunchTokens<__nv_bfloat16>(stream, params) : LaunchTokens<float>(stream, params);
 }

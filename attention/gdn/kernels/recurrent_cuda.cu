@@ -157,7 +157,7 @@ struct QueryKey {
 
 // kRows: V rows of a thread. With 64 bytes of the state to a thread, a token at most.
 template <class T, class State, int kRows, bool kVectors>
-__global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 16 : 8)
+__global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8)
     GdnRecurrentKernel(const __grid_constant__ RecurrentParams p) {
   using Words = Part<State, State>;
   constexpr int kWarpRows = kRows * kHalves;
