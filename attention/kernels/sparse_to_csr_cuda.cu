@@ -19,7 +19,7 @@ constexpr int kLine = 32;       // indices of 128 bytes
 constexpr int kMaxRuns = 1024;  // of a block
 constexpr int kMinPart = 1024;
 constexpr int kManyBlocks = 400;
-constexpr int64_t kManyIndices = int64_t{1} << 22;  // from which on loads matter more than what comes before them
+constexpr int64_t kManyIndices = int64_t{1} << 22;  // from which on memory is what they wait for
 
 // What a run is: indices of a row that count up together.
 enum class Runs {
@@ -33,8 +33,8 @@ struct Run {
 
 static_assert(sizeof(Run) * (kMaxRuns + 2 * kLine) <= 48 << 10, "more shared memory takes an attribute");
 
-// kVec: indices of a store. kBatch: stores of a thread whose loads are in flight together. kMany: there are more
-// indices than the L2 cache has room for.
+// kVec: indices of a store. kBatch: stores of a thread whose loads are in flight together. kMany: kManyIndices and
+// more.
 template <Runs kRunsAre, int kIndices, int kStores, int kThreadsOfBlock, int kBlocksOfMultiprocessor, bool kManyIndices>
 struct Form {
   static constexpr Runs kRuns = kRunsAre;
