@@ -18,8 +18,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kLine = 32;       // indices of 128 bytes
 constexpr int kMaxRuns = 1024;  // of a block
 constexpr int kMinPart = 1024;
-constexpr int kManyBlocks = 512;
-constexpr int64_t kManyIndices = int64_t{1} << 22;  // from which on loads matter more than what comes before them
+constexpr int kManyBlocks = 400;
+constexpr int64_t kManyIndices = int64_t{1} << 22;  // from which on memory is what they wait for
 
 // What a run is: indices of a row that count up together.
 enum class Runs {
@@ -33,17 +33,30 @@ struct Run {
 
 static_assert(sizeof(Run) * (kMaxRuns + 2 * kLine) <= 48 << 10, "more shared memory takes an attribute");
 
-// kVec: indices of a store. kBatch: stores of a thread whose loads are in flight together.
-template <Runs kRunsAre, int kIndices, int kStores, int kThreadsOfBlock, int kBlocksOfMultiprocessor>
+// kVec: indices of a store. kBatch: stores of a thread whose loads are in flight together. kMany: kManyIndices and
+// more.
+template <Runs kRunsAre, int kIndices, int kStores, int kThreadsOfBlock, int kBlocksOfMultiprocessor, bool kManyIndices>
 struct Form {
   static constexpr Runs kRuns = kRunsAre;
   static constexpr int kVec = kIndices, kBatch = kStores;
   static constexpr int kThreads = kThreadsOfBlock, kBlocks = kBlocksOfMultiprocessor;
+  static constexpr bool kMany = kManyIndices;
+  static constexpr int kMaxPart = kRuns == Runs::kPages && !kMany ? 2048 : INT32_MAX;
 };
-using AnySlots = Form<Runs::kSlots, 1, 8, 128, 16>;
-using Slots = Form<Runs::kSlots, 4, 1, 128, 16>;     // runs of 4 or more
-using FewPages = Form<Runs::kPages, 4, 2, 128, 12>;  // the same
-using ManyPages = Form<Runs::kPages, 1, 8, 256, 8>;
+using AnySlots = Form<Runs::kSlots, 1, 8, 128, 16, false>;
+using FewSlots = Form<Runs::kSlots, 4, 1, 128, 16, false>;  // runs of 4 or more
+using ManySlots = Form<Runs::kSlots, 4, 1, 128, 16, true>;  // the same
+using FewPages = Form<Runs::kPages, 4, 2, 128, 12, false>;  // the same
+using ManyPages = Form<Runs::kPages, 1, 8, 256, 8, true>;
+
+template <class F, class T>
+__device__ inline void StoreTo(T* to, T value) {
+  if constexpr (F::kMany) {
+    __stcs(to, value);  // leaves L2 first
+  } else {
+    *to = value;
+  }
+}
 
 struct SparseToCsrLaunch {
   SparseToCsrParams params;
@@ -191,13 +204,13 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
       }
       if constexpr (kVec == 4) {
         if (first_of_store >= 0 && first_of_store + kVec <= size) {
-          *reinterpret_cast<int4*>(store) = {values[u][0], values[u][1], values[u][2], values[u][3]};
+          StoreTo<F>(reinterpret_cast<int4*>(store), int4{values[u][0], values[u][1], values[u][2], values[u][3]});
           continue;
         }
       }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        if (first_of_store + i >= 0 && first_of_store + i < size) store[i] = values[u][i];
+        if (first_of_store + i >= 0 && first_of_store + i < size) StoreTo<F>(store + i, values[u][i]);
       }
     }
     to += kBatch * kVec * kThreads;
@@ -219,7 +232,7 @@ int LaunchCsr(CUstream_st* stream, const SparseToCsrParams& params, int run_leng
   // more parts than it takes to fill a device.
   const int64_t parts_of_row = std::max<int64_t>(kManyBlocks / params.rows, 1);
   int64_t part = std::max<int64_t>(params.row_bound / parts_of_row, kMinPart);
-  part = RoundUp(std::min<int64_t>({part, params.row_bound, int64_t{kMaxRuns} * run_length}), kTurn);
+  part = RoundUp(std::min<int64_t>({part, F::kMaxPart, params.row_bound, int64_t{kMaxRuns} * run_length}), kTurn);
   const int parts = static_cast<int>((params.row_bound - 1) / part + 1);
   SparseToCsrLaunch launch = {
       .params = params,
@@ -242,11 +255,13 @@ int LaunchCsr(CUstream_st* stream, const SparseToCsrParams& params, int run_leng
 }  // namespace
 
 int SparseToCsrCuda(CUstream_st* stream, const SparseToCsrParams& params) {
+  const bool many = int64_t{params.rows} * params.row_bound >= kManyIndices;
   const int run_length = TwosOf(std::gcd(params.block, params.page_size));
-  if (run_length >= Slots::kVec) return LaunchCsr<Slots>(stream, params, run_length);
+  if (run_length >= FewSlots::kVec) {
+    return many ? LaunchCsr<ManySlots>(stream, params, run_length) : LaunchCsr<FewSlots>(stream, params, run_length);
+  }
   if (params.page_size > 1) return LaunchCsr<AnySlots>(stream, params, run_length);
   const int block_length = TwosOf(params.block);
-  const bool many = int64_t{params.rows} * params.row_bound >= kManyIndices;
   return many || block_length < FewPages::kVec ? LaunchCsr<ManyPages>(stream, params, block_length)
                                                : LaunchCsr<FewPages>(stream, params, block_length);
 }
