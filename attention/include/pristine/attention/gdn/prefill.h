@@ -86,7 +86,7 @@ class Prefill {
 // The configurations of the kernel that keeps the states, and its launcher's shared memory for each: for CheckTuning.
 TunableKernel PrefillStateKernel();
 
-// What Create allocates on a CUDA device: per 64 tokens and value head two 64 x 64 bfloat16 matrices and the gates. No
+// What Create allocates on a CUDA device: per 64 tokens and value head three 64 x 64 bfloat16 matrices and the gates. No
 // state is part of it.
 int64_t PrefillWorkspaceBytes(const PrefillConfig& config);
 
