@@ -166,7 +166,7 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
   params.heads_per_block = PrefillHeadsPerBlock(ChunkBound(bucket.requests, bucket.tokens), config_.qk_heads,
                                                 v_heads / config_.qk_heads, multiprocessors);
   params.v_parts =
-      tuning_.has_value() ? kHeadDim / tuning_->bv : PrefillVParts(int64_t{bucket.requests} * v_heads, multiprocessors);
+      tuning_.has_value() ? kHeadDim / tuning_->bv : PrefillVParts(bucket.requests, v_heads, multiprocessors);
   params.scale = config_.scale;
   params.state_dtype = states.dtype;
   params.clamp_to_zero = states.padded_rows == PaddedRows::kClampToZero;

@@ -87,10 +87,8 @@ template <class BackendT>
 class PrefillTest : public DeviceTest<BackendT> {
  protected:
   static constexpr bool kCuda = std::is_same_v<BackendT, Cuda>;
-  // PRISTINE_GDN_CHUNK_H_BV for each of a device's ways, in two kernels and in one, whatever the bucket would choose.
-  static std::vector<const char*> Ways() {
-    return kCuda ? std::vector<const char*>{"64", "128"} : std::vector<const char*>{"128"};
-  }
+  // PRISTINE_GDN_CHUNK_H_BV for two kernels and for one, whatever the bucket would choose.
+  static constexpr const char* kWays[] = {"64", "128"};
 
   // All tensors of the bucket and a pool whose every number is NaN.
   void Make(const Shape& shape, int32_t slots, uint64_t seed) {
@@ -335,9 +333,11 @@ TEST(PrefillPlaces, OfTwoSequencesNeverOverlap) {
 }
 
 TEST(PrefillShape, FollowsBucketAndDevice) {
-  EXPECT_EQ(PrefillVParts(64, 132), 2);
-  EXPECT_EQ(PrefillVParts(66, 132), 2);
-  EXPECT_EQ(PrefillVParts(67, 132), 1);
+  EXPECT_EQ(PrefillVParts(8, 8, 132), 2);
+  EXPECT_EQ(PrefillVParts(6, 11, 132), 2);
+  EXPECT_EQ(PrefillVParts(67, 1, 132), 1);
+  EXPECT_EQ(PrefillVParts(4, 17, 132), 1);
+  EXPECT_EQ(PrefillVParts(3, 64, 132), 2);
   EXPECT_EQ(PrefillHeadsPerBlock(33, 16, 2, 132), 2);
   EXPECT_EQ(PrefillHeadsPerBlock(32, 16, 2, 132), 1);
 }
@@ -382,7 +382,7 @@ TYPED_TEST(PrefillTest, IsTheFormulaForEveryHeadRatioAndLength) {
 }
 
 TYPED_TEST(PrefillTest, EveryTailAndDecayLeavesTheRightState) {
-  for (const char* const bv : this->Ways()) {
+  for (const char* const bv : TestFixture::kWays) {
     const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
     SCOPED_TRACE(absl::StrCat("BV ", bv));
     for (const Decay decay : {Decay::kSlow, Decay::kHard}) {
@@ -410,7 +410,7 @@ TYPED_TEST(PrefillTest, EveryTailAndDecayLeavesTheRightState) {
 // One key over and over, beta near 1 and no decay: each token takes back nearly all that the one before wrote, and what
 // is left is a small difference of numbers that were rounded to bfloat16.
 TYPED_TEST(PrefillTest, RepeatedKeysWithoutDecay) {
-  for (const char* const bv : this->Ways()) {
+  for (const char* const bv : TestFixture::kWays) {
     const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
     SCOPED_TRACE(absl::StrCat("BV ", bv));
     const int32_t length = TestFixture::kCuda ? 200 : 70;
@@ -425,7 +425,7 @@ TYPED_TEST(PrefillTest, RepeatedKeysWithoutDecay) {
 }
 
 TYPED_TEST(PrefillTest, EagerEqualsCapturedEqualsReplayedForAnyLengthsInTheBucket) {
-  for (const char* const bv : this->Ways()) {
+  for (const char* const bv : TestFixture::kWays) {
     const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
     SCOPED_TRACE(absl::StrCat("BV ", bv));
     const int32_t big = TestFixture::kCuda ? 10 : 1;
@@ -470,7 +470,7 @@ TYPED_TEST(PrefillTest, EagerEqualsCapturedEqualsReplayedForAnyLengthsInTheBucke
 
 // A capture runs nothing: one in the middle of serving, of another bucket, leaves every byte of every state.
 TYPED_TEST(PrefillTest, ARecaptureLeavesEveryStateAsItIs) {
-  for (const char* const bv : this->Ways()) {
+  for (const char* const bv : TestFixture::kWays) {
     const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
     SCOPED_TRACE(absl::StrCat("BV ", bv));
     ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {2, 80}}, 3, 13));
@@ -490,7 +490,7 @@ TYPED_TEST(PrefillTest, ARecaptureLeavesEveryStateAsItIs) {
 
 // A prompt by Prefill, then tokens by Decode: one recurrence over all of them.
 TYPED_TEST(PrefillTest, DecodeGoesOnFromThePrefilledState) {
-  for (const char* const bv : this->Ways()) {
+  for (const char* const bv : TestFixture::kWays) {
     const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
     SCOPED_TRACE(absl::StrCat("BV ", bv));
     constexpr int32_t kPrompt = 75, kMore = 5, kQk = 2, kV = 4;
@@ -647,7 +647,7 @@ TYPED_TEST(PrefillTest, RefusesWhatDoesNotFit) {
 
 // cu_seqlens that no engine should send: nothing outside the tensors is touched, and the run ends.
 TYPED_TEST(PrefillTest, HostileLengthsStayInsideTheTensors) {
-  for (const char* const bv : this->Ways()) {
+  for (const char* const bv : TestFixture::kWays) {
     const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
     SCOPED_TRACE(absl::StrCat("BV ", bv));
     ASSERT_NO_FATAL_FAILURE(this->Make({1, 1, {3, 70}}, 3, 12));

@@ -77,9 +77,11 @@ constexpr int32_t PrefillStatesSharedBytes(int32_t bv, int32_t stages) {
 }
 
 // The shapes of both grids; functions of bucket, heads and device alone.
-// A state is one block's where there are enough of them to fill the device, else two blocks share it.
-constexpr int32_t PrefillVParts(int64_t states, int32_t multiprocessors) {
-  return 2 * states <= multiprocessors ? 2 : 1;
+// A state is one block's, in one kernel, where there are enough of them to fill the device. Two blocks share it, in two
+// kernels, where there are not, or so few sequences that one of them may be most of the tokens: each takes less time
+// for a chunk.
+constexpr int32_t PrefillVParts(int32_t sequences, int32_t v_heads, int32_t multiprocessors) {
+  return sequences < 4 || 2 * int64_t{sequences} * v_heads <= multiprocessors ? 2 : 1;
 }
 // Value heads of one q/k head share k.k and q.k in one block where there are chunks enough to fill the device.
 inline constexpr int32_t kMaxHeadsPerBlock = 4;

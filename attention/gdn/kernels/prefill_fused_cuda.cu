@@ -127,7 +127,7 @@ __device__ void PrepareChunks(const PrefillParams& p, FusedShared& shared, const
         [&](int n, int half) { return make_float2(kk[n * 4 + half * 2], kk[n * 4 + half * 2 + 1]); },
         [&](int n, int half) { return make_float2(qk[n * 4 + half * 2], qk[n * 4 + half * 2 + 1]); });
     __syncwarp();
-    InvertDiagonal(m, record.t, record.t_low, beta, warp, lane);
+    InvertDiagonal(m, warp, lane);
     PreparersMeet();
     // Behind the last chunk, of anything.
     const Tiles<kConsumers>& next = shared.tiles[(c + 1) % kStages];

@@ -80,9 +80,9 @@ __device__ inline float3 SumGates(float2 g, float* sums, int lane) {
 
 // This warp's 16 rows of P into the image `p_image`, and of -A, from the sums of its gates and its rows of K K^T and
 // Q K^T, which kk(n, half) and qk(n, half) return as the pairs that the tensor cores' accumulators are.
-template <class KK, class QK>
-__device__ inline void FillScores(Matrices& m, uint16_t* p_image, const float* sums, const float* beta, float scale,
-                                  int warp, int lane, const KK& kk, const QK& qk) {
+template <int warp, class KK, class QK>
+__device__ __forceinline__ void FillScoresOf(Matrices& m, uint16_t* p_image, const float* sums, const float* beta,
+                                             float scale, int lane, const KK& kk, const QK& qk) {
   const int group = lane / 4, pair = lane % 4 * 2;  // of the accumulators: row of eight, and column
   const float row_sum[2] = {sums[warp * 16 + group], sums[warp * 16 + group + 8]};
   const float row_beta[2] = {-beta[warp * 16 + group], -beta[warp * 16 + group + 8]};
@@ -91,7 +91,7 @@ __device__ inline void FillScores(Matrices& m, uint16_t* p_image, const float* s
   float* const diagonal_row = m.minus_diagonal[warp] + group * kFloatPitch + pair;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    if (n / 2 > warp) break;
+    if (n / 2 > warp) continue;
     const float2 column_sums = *reinterpret_cast<const float2*>(&sums[n * 8 + pair]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -113,11 +113,26 @@ __device__ inline void FillScores(Matrices& m, uint16_t* p_image, const float* s
   }
 }
 
-// This warp's diagonal block of T, for the other warps and, times beta, in the images of its high and low parts.
-__device__ inline void InvertDiagonal(Matrices& m, uint16_t* image, uint16_t* low_image, const float* beta, int warp,
-                                      int lane) {
+// One code for each warp: without branches, many elements are on their way at a time.
+template <class KK, class QK>
+__device__ __forceinline__ void FillScores(Matrices& m, uint16_t* p_image, const float* sums, const float* beta,
+                                           float scale, int warp, int lane, const KK& kk, const QK& qk) {
+  switch (warp) {
+    case 0:
+      return FillScoresOf<0>(m, p_image, sums, beta, scale, lane, kk, qk);
+    case 1:
+      return FillScoresOf<1>(m, p_image, sums, beta, scale, lane, kk, qk);
+    case 2:
+      return FillScoresOf<2>(m, p_image, sums, beta, scale, lane, kk, qk);
+    default:
+      return FillScoresOf<3>(m, p_image, sums, beta, scale, lane, kk, qk);
+  }
+}
+
+// This warp's diagonal block of T, for the other warps.
+__device__ inline void InvertDiagonal(Matrices& m, int warp, int lane) {
   const float* const a = m.minus_diagonal[warp];
-  const int column = lane % 16;
+  const int column = lane % 16;  // both halves of the warp compute all of it
   float x[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -133,23 +148,9 @@ __device__ inline void InvertDiagonal(Matrices& m, uint16_t* image, uint16_t* lo
     }
     x[i] = sum[0] + sum[1];
   }
-  if (lane < 16) {
-    __half* const to = m.inverse[warp] + column;
+  __half* const to = m.inverse[warp] + lane / 16 * 8 * kBlockPitch + column;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) to[i * kBlockPitch] = __float2half_rn(x[i]);
-  } else {
-    const float scale = beta[warp * 16 + column];
-    const int offset = warp * 16 * kChunk + column % 8, word = warp * 2 + column / 8;
-    auto* const to = reinterpret_cast<__nv_bfloat16*>(image) + offset;
-    auto* const low_to = reinterpret_cast<__nv_bfloat16*>(low_image) + offset;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int at = i * kChunk + (word ^ (i & 7)) * 8;
-      const __nv_bfloat16 high = __float2bfloat16_rn(x[i] * scale);
-      to[at] = high;
-      low_to[at] = __float2bfloat16_rn(x[i] * scale - __bfloat162float(high));
-    }
-  }
+  for (int i = 0; i < 8; ++i) to[i * kBlockPitch] = __float2half_rn(lane < 16 ? x[i] : x[i + 8]);
 }
 
 // Four 8 x 8 matrices of accumulators, transposed, to `to`.
@@ -159,14 +160,34 @@ __device__ inline void StoreMatricesTransposed(const uint16_t* to, const uint32_
                : "memory");
 }
 
-// Block column `j` of T below the diagonal, times beta, into the images.
+// A block of T, transposed, two numbers to each of four, times `scale`, to the images of its high and low parts.
+__device__ inline void StoreBlock(uint16_t* image, uint16_t* low_image, int at, const float2 (&block)[4],
+                                  const float (&scale)[2]) {
+  uint32_t high[4], low[4];
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const float x = block[l].x * scale[l % 2], y = block[l].y * scale[l % 2];
+    high[l] = Pack(x, y);
+    low[l] = Pack(x - __uint_as_float(high[l] << 16), y - __uint_as_float(high[l] & 0xffff0000u));
+  }
+  StoreMatricesTransposed(image + at, high);
+  StoreMatricesTransposed(low_image + at, low);
+}
+
+// Block column `j` of T, times beta, into the images.
 __device__ inline void InvertColumn(const Matrices& m, uint16_t* image, uint16_t* low_image, const float* beta, int j,
                                     int lane) {
   const int row = lane / 16 * 8 + lane % 8, word = lane / 8 % 2;  // of this lane's part of a 16 x 16 block
-  const int block_offset = row * kBlockPitch + word * 8;
+  const int block_offset = row * kBlockPitch + word * 8, word_offset = ((j * 2 + word) ^ (row & 7)) * 8;
   uint32_t column[3][4];  // T_jj to T_2j, transposed
   LoadMatricesTransposed(column[0], SharedAddress(m.inverse[j] + block_offset));
   const float scale[2] = {beta[j * 16 + lane / 4], beta[j * 16 + lane / 4 + 8]};
+  {
+    float2 block[4];
+#pragma unroll
+    for (int l = 0; l < 4; ++l) block[l] = __half22float2(reinterpret_cast<const __half2&>(column[0][l]));
+    StoreBlock(image, low_image, (j * 16 + row) * kChunk + word_offset, block, scale);
+  }
 #pragma unroll
   for (int d = 1; d < 4; ++d) {
     const int i = j + d;
@@ -180,16 +201,9 @@ __device__ inline void InvertColumn(const Matrices& m, uint16_t* image, uint16_t
     PackOperand(n, left);
     MultiplyHalf(t, left, m.inverse[i] + block_offset);
     if (d < 3) PackOperand(t, column[d]);
-    uint32_t high[4], low[4];
-#pragma unroll
-    for (int l = 0; l < 4; ++l) {
-      const float a = t[l / 2][l % 2 * 2] * scale[l % 2], b = t[l / 2][l % 2 * 2 + 1] * scale[l % 2];
-      high[l] = Pack(a, b);
-      low[l] = Pack(a - __uint_as_float(high[l] << 16), b - __uint_as_float(high[l] & 0xffff0000u));
-    }
-    const int to = (i * 16 + row) * kChunk + ((j * 2 + word) ^ (row & 7)) * 8;
-    StoreMatricesTransposed(image + to, high);
-    StoreMatricesTransposed(low_image + to, low);
+    const float2 block[4] = {make_float2(t[0][0], t[0][1]), make_float2(t[0][2], t[0][3]),
+                             make_float2(t[1][0], t[1][1]), make_float2(t[1][2], t[1][3])};
+    StoreBlock(image, low_image, (i * 16 + row) * kChunk + word_offset, block, scale);
   }
 }
 

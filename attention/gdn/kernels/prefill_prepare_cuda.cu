@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) GdnPrefillPrepareKernel(con
         [&](int n, int half) { return make_float2(kk[n][half * 2], kk[n][half * 2 + 1]); },
         [&](int n, int half) { return __half22float2(qk[n][half]); });
     __syncwarp();
-    InvertDiagonal(shared.later.m, shared.t, shared.later.t_low, beta, warp, lane);
+    InvertDiagonal(shared.later.m, warp, lane);
     __syncthreads();
     InvertColumn(shared.later.m, shared.t, shared.later.t_low, beta, warp, lane);
     __syncthreads();
