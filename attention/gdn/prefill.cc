@@ -35,7 +35,9 @@ constexpr Kernel<PrefillParams> kPrepare = {"gdn_prefill_prepare", &PrefillPrepa
                                             PRISTINE_CUDA(&PrefillPrepareCuda), &PrepareWrites};
 constexpr Kernel<PrefillParams> kStates = {"gdn_prefill_states", &PrefillStatesHost, PRISTINE_CUDA(&PrefillStatesCuda),
                                            &StatesWrites};
-constexpr int (*kSetUps[])() = {PRISTINE_CUDA(&PrefillSetUpPrepareCuda), PRISTINE_CUDA(&PrefillSetUpStatesCuda)};
+constexpr Kernel<PrefillParams> kFused = {"gdn_prefill", &PrefillHost, PRISTINE_CUDA(&PrefillCuda), &StatesWrites};
+constexpr int (*kSetUps[])() = {PRISTINE_CUDA(&PrefillSetUpPrepareCuda), PRISTINE_CUDA(&PrefillSetUpStatesCuda),
+                                PRISTINE_CUDA(&PrefillSetUpCuda)};
 
 // The first takes the most shared memory: where it fits, Run may choose any of them.
 constexpr GdnTuning kCompiled[] = {{kHeadDim, PrefillStatesWarps(kHeadDim), kPrefillStages},
@@ -164,10 +166,11 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
   params.heads_per_block = PrefillHeadsPerBlock(ChunkBound(bucket.requests, bucket.tokens), config_.qk_heads,
                                                 v_heads / config_.qk_heads, multiprocessors);
   params.v_parts =
-      tuning_.has_value() ? kHeadDim / tuning_->bv : PrefillVParts(int64_t{bucket.requests} * v_heads, multiprocessors);
+      tuning_.has_value() ? kHeadDim / tuning_->bv : PrefillVParts(bucket.requests, v_heads, multiprocessors);
   params.scale = config_.scale;
   params.state_dtype = states.dtype;
   params.clamp_to_zero = states.padded_rows == PaddedRows::kClampToZero;
+  if (params.v_parts == 1) return Launch(stream, kFused, params);
   PRISTINE_RETURN_IF_ERROR(Launch(stream, kPrepare, params));
   return Launch(stream, kStates, params);
 }

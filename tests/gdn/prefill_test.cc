@@ -71,10 +71,24 @@ absl::Status Put(Stream& stream, const DeviceBuffer& to, const std::vector<T>& v
   return stream.Synchronize();
 }
 
+// Sets a variable until its end.
+class ScopedVariable {
+ public:
+  ScopedVariable(const char* name, const char* value) : name_(name) { EXPECT_EQ(setenv(name, value, 1), 0); }
+  ~ScopedVariable() { EXPECT_EQ(unsetenv(name_), 0); }
+  ScopedVariable(const ScopedVariable&) = delete;
+  ScopedVariable& operator=(const ScopedVariable&) = delete;
+
+ private:
+  const char* const name_;
+};
+
 template <class BackendT>
 class PrefillTest : public DeviceTest<BackendT> {
  protected:
   static constexpr bool kCuda = std::is_same_v<BackendT, Cuda>;
+  // PRISTINE_GDN_CHUNK_H_BV for two kernels and for one, whatever the bucket would choose.
+  static constexpr const char* kWays[] = {"64", "128"};
 
   // All tensors of the bucket and a pool whose every number is NaN.
   void Make(const Shape& shape, int32_t slots, uint64_t seed) {
@@ -197,9 +211,8 @@ class PrefillTest : public DeviceTest<BackendT> {
   }
 
   // What a run leaves, against the formulas for the value heads that `wanted` names, and against the bits of before for
-  // everything that the batch does not name. `widen` multiplies the tolerances.
-  void ExpectRight(
-      const std::function<bool(size_t)>& wanted = [](size_t) { return true; }, double widen = 1) {
+  // everything that the batch does not name.
+  void ExpectRight(const std::function<bool(size_t)>& wanted = [](size_t) { return true; }) {
     const std::vector<double> before = Decoded(shape_.state, state_bytes_);
     ASSERT_OK_AND_ASSIGN(const Bytes after_bytes, ReadBytes(*this->stream_, pool_->view().states));
     const std::vector<double> after = Decoded(shape_.state, after_bytes);
@@ -237,8 +250,8 @@ class PrefillTest : public DeviceTest<BackendT> {
       }
       begin += static_cast<size_t>(batch_.lengths[i]);
     }
-    ExpectClose(expected_out, got_out, 1e-2, 1e-2, widen, "out");
-    ExpectClose(expected_states, got_states, 5e-3, 1e-3, widen, "states");
+    ExpectClose(expected_out, got_out, 1e-2, 1e-2, "out");
+    ExpectClose(expected_states, got_states, 5e-3, 1e-3, "states");
     for (size_t i = begin * heads * 128; i < out.size(); ++i) ASSERT_EQ(out[i], 0) << "past the last sequence";
     const size_t slot_bytes = slot_size * SizeOf(shape_.state);
     for (size_t s = 0; s < slots; ++s) {
@@ -250,10 +263,10 @@ class PrefillTest : public DeviceTest<BackendT> {
     }
   }
   static void ExpectClose(const std::vector<double>& expected, const std::vector<double>& got, double absolute,
-                          double relative, double widen, const char* what) {
-    EXPECT_LT(RelativeRms(expected, got), 0.005 * widen) << what;
+                          double relative, const char* what) {
+    EXPECT_LT(RelativeRms(expected, got), 0.005) << what;
     for (size_t i = 0; i < expected.size(); ++i) {
-      ASSERT_LE(std::abs(expected[i] - got[i]), widen * (absolute + relative * std::abs(expected[i])))
+      ASSERT_LE(std::abs(expected[i] - got[i]), absolute + relative * std::abs(expected[i]))
           << what << " element " << i << ": expected " << expected[i] << ", got " << got[i];
     }
   }
@@ -320,9 +333,11 @@ TEST(PrefillPlaces, OfTwoSequencesNeverOverlap) {
 }
 
 TEST(PrefillShape, FollowsBucketAndDevice) {
-  EXPECT_EQ(PrefillVParts(64, 132), 2);
-  EXPECT_EQ(PrefillVParts(66, 132), 2);
-  EXPECT_EQ(PrefillVParts(67, 132), 1);
+  EXPECT_EQ(PrefillVParts(8, 8, 132), 2);
+  EXPECT_EQ(PrefillVParts(6, 11, 132), 2);
+  EXPECT_EQ(PrefillVParts(67, 1, 132), 1);
+  EXPECT_EQ(PrefillVParts(4, 17, 132), 1);
+  EXPECT_EQ(PrefillVParts(3, 64, 132), 2);
   EXPECT_EQ(PrefillHeadsPerBlock(33, 16, 2, 132), 2);
   EXPECT_EQ(PrefillHeadsPerBlock(32, 16, 2, 132), 1);
 }
@@ -367,131 +382,153 @@ TYPED_TEST(PrefillTest, IsTheFormulaForEveryHeadRatioAndLength) {
 }
 
 TYPED_TEST(PrefillTest, EveryTailAndDecayLeavesTheRightState) {
-  for (const Decay decay : {Decay::kSlow, Decay::kHard}) {
-    std::vector<int32_t> tails = {1, 2, 33};
-    if (TestFixture::kCuda) {
-      tails.resize(63);
-      std::iota(tails.begin(), tails.end(), 1);
+  for (const char* const bv : TestFixture::kWays) {
+    const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
+    SCOPED_TRACE(absl::StrCat("BV ", bv));
+    for (const Decay decay : {Decay::kSlow, Decay::kHard}) {
+      std::vector<int32_t> tails = {1, 2, 33};
+      if (TestFixture::kCuda) {
+        tails.resize(63);
+        std::iota(tails.begin(), tails.end(), 1);
+      }
+      // One after another in one batch, so that each tail's chunk is followed by the next sequence's tokens.
+      Batch batch;
+      for (const int32_t tail : tails) {
+        batch.lengths.push_back(TestFixture::kCuda ? 64 + tail : tail);
+        batch.final.push_back(static_cast<Slot>(batch.lengths.size()));
+      }
+      batch.initial = batch.final;
+      const int32_t count = static_cast<int32_t>(tails.size());
+      ASSERT_NO_FATAL_FAILURE(this->Make({1, 1, {count, batch.tokens() + 5}, DType::kFloat32, decay}, count, 7));
+      ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
+      ASSERT_OK(this->Run(*this->stream_));
+      ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
     }
-    // One after another in one batch, so that each tail's chunk is followed by the next sequence's tokens.
-    Batch batch;
-    for (const int32_t tail : tails) {
-      batch.lengths.push_back(TestFixture::kCuda ? 64 + tail : tail);
-      batch.final.push_back(static_cast<Slot>(batch.lengths.size()));
-    }
-    batch.initial = batch.final;
-    const int32_t count = static_cast<int32_t>(tails.size());
-    ASSERT_NO_FATAL_FAILURE(this->Make({1, 1, {count, batch.tokens() + 5}, DType::kFloat32, decay}, count, 7));
-    ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
-    ASSERT_OK(this->Run(*this->stream_));
-    ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
   }
 }
 
 // One key over and over, beta near 1 and no decay: each token takes back nearly all that the one before wrote, and what
 // is left is a small difference of numbers that were rounded to bfloat16.
 TYPED_TEST(PrefillTest, RepeatedKeysWithoutDecay) {
-  const int32_t length = TestFixture::kCuda ? 200 : 70;
-  ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {1, length}, DType::kFloat32, Decay::kSlow}, 1, 8));
-  for (size_t i = 128; i < this->k_.size(); ++i) this->k_[i] = this->k_[i % 128];
-  std::fill(this->g_.begin(), this->g_.end(), 0);
-  std::fill(this->beta_.begin(), this->beta_.end(), 0.97);
-  ASSERT_NO_FATAL_FAILURE(this->Upload({.lengths = {length}, .initial = {1}, .final = {1}}));
-  ASSERT_OK(this->Run(*this->stream_));
-  ASSERT_NO_FATAL_FAILURE(this->ExpectRight([](size_t) { return true; }, 5));
+  for (const char* const bv : TestFixture::kWays) {
+    const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
+    SCOPED_TRACE(absl::StrCat("BV ", bv));
+    const int32_t length = TestFixture::kCuda ? 200 : 70;
+    ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {1, length}, DType::kFloat32, Decay::kSlow}, 1, 8));
+    for (size_t i = 128; i < this->k_.size(); ++i) this->k_[i] = this->k_[i % 128];
+    std::fill(this->g_.begin(), this->g_.end(), 0);
+    std::fill(this->beta_.begin(), this->beta_.end(), 0.97);
+    ASSERT_NO_FATAL_FAILURE(this->Upload({.lengths = {length}, .initial = {1}, .final = {1}}));
+    ASSERT_OK(this->Run(*this->stream_));
+    ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
+  }
 }
 
 TYPED_TEST(PrefillTest, EagerEqualsCapturedEqualsReplayedForAnyLengthsInTheBucket) {
-  const int32_t big = TestFixture::kCuda ? 10 : 1;
-  for (const DType state : {DType::kFloat32, DType::kBFloat16}) {
-    ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {4, 70 * big}, state, Decay::kOwn}, 6, 9));
-    std::vector<Batch> batches = {
-        {{70 * big}, {1}, {1}},
-        {{}, {}, {}},
-        {{1, 1, 1, 1}, {1, 2, 3, 4}, {1, 2, 3, 4}},
-        {{0, 33 * big, 0, 12}, {2, -1, 4, 6}, {2, 3, -1, 5}},
-        {{64 * big, 1}, {-1, -1}, {6, 5}},
-        {{5, 65 * big}, {1, 5}, {3, -1}},
-        {{0, 0, 0, 70 * big}, {1, 2, 3, 4}, {4, 3, 2, 1}},
-        {{17 * big, 18 * big, 19 * big, 16 * big}, {6, -1, 4, 3}, {6, 5, 4, 3}},
-        {{32, 32}, {1, 7}, {std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}},
-    };
-    batches[6].final = {1, 2, 3, 4};
-    ASSERT_NO_FATAL_FAILURE(this->Upload(batches[1]));
-    ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Graph> graph,
-                         Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
-    EXPECT_EQ(graph->nodes().size(), 2u);
-    ASSERT_OK_AND_ASSIGN(const std::unique_ptr<GraphExec> exec, graph->Instantiate());
-    const size_t allocations = this->device_->total_allocations();
-    for (size_t i = 0; i < batches.size(); ++i) {
-      SCOPED_TRACE(absl::StrCat("batch ", i, ", states ", ToString(state)));
-      ASSERT_NO_FATAL_FAILURE(this->Upload(batches[i]));
-      ASSERT_OK(this->Run(*this->stream_));
-      ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
-      ASSERT_OK_AND_ASSIGN(const Bytes eager, ReadBytes(*this->stream_, this->out_.bytes()));
-      ASSERT_OK_AND_ASSIGN(const Bytes eager_states, ReadBytes(*this->stream_, this->pool_->view().states));
-      ASSERT_NO_FATAL_FAILURE(this->ResetOutputs());
-      ASSERT_OK(exec->Launch(*this->stream_));
-      ASSERT_OK_AND_ASSIGN(const Bytes replayed, ReadBytes(*this->stream_, this->out_.bytes()));
-      ASSERT_OK_AND_ASSIGN(const Bytes replayed_states, ReadBytes(*this->stream_, this->pool_->view().states));
-      EXPECT_TRUE(eager == replayed);
-      EXPECT_TRUE(eager_states == replayed_states);
+  for (const char* const bv : TestFixture::kWays) {
+    const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
+    SCOPED_TRACE(absl::StrCat("BV ", bv));
+    const int32_t big = TestFixture::kCuda ? 10 : 1;
+    for (const DType state : {DType::kFloat32, DType::kBFloat16}) {
+      ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {4, 70 * big}, state, Decay::kOwn}, 6, 9));
+      std::vector<Batch> batches = {
+          {{70 * big}, {1}, {1}},
+          {{}, {}, {}},
+          {{1, 1, 1, 1}, {1, 2, 3, 4}, {1, 2, 3, 4}},
+          {{0, 33 * big, 0, 12}, {2, -1, 4, 6}, {2, 3, -1, 5}},
+          {{64 * big, 1}, {-1, -1}, {6, 5}},
+          {{5, 65 * big}, {1, 5}, {3, -1}},
+          {{0, 0, 0, 70 * big}, {1, 2, 3, 4}, {4, 3, 2, 1}},
+          {{17 * big, 18 * big, 19 * big, 16 * big}, {6, -1, 4, 3}, {6, 5, 4, 3}},
+          {{32, 32}, {1, 7}, {std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}},
+      };
+      batches[6].final = {1, 2, 3, 4};
+      ASSERT_NO_FATAL_FAILURE(this->Upload(batches[1]));
+      ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Graph> graph,
+                           Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
+      EXPECT_EQ(graph->nodes().size(), std::string(bv) == "64" ? 2u : 1u);
+      ASSERT_OK_AND_ASSIGN(const std::unique_ptr<GraphExec> exec, graph->Instantiate());
+      const size_t allocations = this->device_->total_allocations();
+      for (size_t i = 0; i < batches.size(); ++i) {
+        SCOPED_TRACE(absl::StrCat("batch ", i, ", states ", ToString(state)));
+        ASSERT_NO_FATAL_FAILURE(this->Upload(batches[i]));
+        ASSERT_OK(this->Run(*this->stream_));
+        ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
+        ASSERT_OK_AND_ASSIGN(const Bytes eager, ReadBytes(*this->stream_, this->out_.bytes()));
+        ASSERT_OK_AND_ASSIGN(const Bytes eager_states, ReadBytes(*this->stream_, this->pool_->view().states));
+        ASSERT_NO_FATAL_FAILURE(this->ResetOutputs());
+        ASSERT_OK(exec->Launch(*this->stream_));
+        ASSERT_OK_AND_ASSIGN(const Bytes replayed, ReadBytes(*this->stream_, this->out_.bytes()));
+        ASSERT_OK_AND_ASSIGN(const Bytes replayed_states, ReadBytes(*this->stream_, this->pool_->view().states));
+        EXPECT_TRUE(eager == replayed);
+        EXPECT_TRUE(eager_states == replayed_states);
+      }
+      EXPECT_EQ(this->device_->total_allocations(), allocations);
     }
-    EXPECT_EQ(this->device_->total_allocations(), allocations);
   }
 }
 
 // A capture runs nothing: one in the middle of serving, of another bucket, leaves every byte of every state.
 TYPED_TEST(PrefillTest, ARecaptureLeavesEveryStateAsItIs) {
-  ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {2, 80}}, 3, 13));
-  ASSERT_NO_FATAL_FAILURE(this->Upload({.lengths = {66, 5}, .initial = {1, 2}, .final = {1, 3}}));
-  ASSERT_OK_AND_ASSIGN(std::unique_ptr<Graph> graph, Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
-  ASSERT_OK_AND_ASSIGN(std::unique_ptr<GraphExec> exec, graph->Instantiate());
-  ASSERT_OK(exec->Launch(*this->stream_));
-  ASSERT_OK_AND_ASSIGN(const Bytes before, ReadBytes(*this->stream_, this->pool_->view().states));
-  this->shape_.bucket = {1, 70};
-  ASSERT_OK_AND_ASSIGN(graph, Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
-  ASSERT_OK_AND_ASSIGN(exec, graph->Instantiate());
-  ASSERT_OK_AND_ASSIGN(const Bytes after, ReadBytes(*this->stream_, this->pool_->view().states));
-  EXPECT_TRUE(before == after);
+  for (const char* const bv : TestFixture::kWays) {
+    const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
+    SCOPED_TRACE(absl::StrCat("BV ", bv));
+    ASSERT_NO_FATAL_FAILURE(this->Make({1, 2, {2, 80}}, 3, 13));
+    ASSERT_NO_FATAL_FAILURE(this->Upload({.lengths = {66, 5}, .initial = {1, 2}, .final = {1, 3}}));
+    ASSERT_OK_AND_ASSIGN(std::unique_ptr<Graph> graph,
+                         Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
+    ASSERT_OK_AND_ASSIGN(std::unique_ptr<GraphExec> exec, graph->Instantiate());
+    ASSERT_OK(exec->Launch(*this->stream_));
+    ASSERT_OK_AND_ASSIGN(const Bytes before, ReadBytes(*this->stream_, this->pool_->view().states));
+    this->shape_.bucket = {1, 70};
+    ASSERT_OK_AND_ASSIGN(graph, Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
+    ASSERT_OK_AND_ASSIGN(exec, graph->Instantiate());
+    ASSERT_OK_AND_ASSIGN(const Bytes after, ReadBytes(*this->stream_, this->pool_->view().states));
+    EXPECT_TRUE(before == after);
+  }
 }
 
 // A prompt by Prefill, then tokens by Decode: one recurrence over all of them.
 TYPED_TEST(PrefillTest, DecodeGoesOnFromThePrefilledState) {
-  constexpr int32_t kPrompt = 75, kMore = 5, kQk = 2, kV = 4;
-  ASSERT_NO_FATAL_FAILURE(this->Make({kQk, kV, {1, kPrompt + kMore}, DType::kFloat32, Decay::kOwn}, 2, 10));
-  const std::vector<double> gates = Uniform(this->random_, size_t{kMore} * kV, -3, 1);
-  const std::vector<double> zeros(kV);
-  const size_t more = size_t{kPrompt} * kV;
-  for (size_t i = 0; i < gates.size(); ++i) {  // what Decode makes of a = b = gates
-    const double gate = attention::ToFloat(attention::FromFloat<attention::BFloat16>(static_cast<float>(gates[i])));
-    this->g_[more + i] = -std::log1p(std::exp(gate));
-    this->beta_[more + i] = 1 / (1 + std::exp(-gate));
+  for (const char* const bv : TestFixture::kWays) {
+    const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
+    SCOPED_TRACE(absl::StrCat("BV ", bv));
+    constexpr int32_t kPrompt = 75, kMore = 5, kQk = 2, kV = 4;
+    ASSERT_NO_FATAL_FAILURE(this->Make({kQk, kV, {1, kPrompt + kMore}, DType::kFloat32, Decay::kOwn}, 2, 10));
+    const std::vector<double> gates = Uniform(this->random_, size_t{kMore} * kV, -3, 1);
+    const std::vector<double> zeros(kV);
+    const size_t more = size_t{kPrompt} * kV;
+    for (size_t i = 0; i < gates.size(); ++i) {  // what Decode makes of a = b = gates
+      const double gate = attention::ToFloat(attention::FromFloat<attention::BFloat16>(static_cast<float>(gates[i])));
+      this->g_[more + i] = -std::log1p(std::exp(gate));
+      this->beta_[more + i] = 1 / (1 + std::exp(-gate));
+    }
+    const Batch all = {.lengths = {kPrompt + kMore}, .initial = {kNoSlot}, .final = {2}};
+    ASSERT_NO_FATAL_FAILURE(this->Upload(all));
+    this->batch_ = {.lengths = {kPrompt}, .initial = {kNoSlot}, .final = {2}};
+    ASSERT_OK(Put(*this->stream_, this->cu_seqlens_, std::vector<int32_t>{0, kPrompt}));
+    ASSERT_OK(this->Run(*this->stream_));
+    ASSERT_OK_AND_ASSIGN(const Tensor a, MakeTensor(*this->device_, *this->stream_, DType::kBFloat16, gates));
+    ASSERT_OK_AND_ASSIGN(const Tensor zero, MakeTensor(*this->device_, *this->stream_, DType::kFloat32, zeros));
+    for (size_t t = 0; t < kMore; ++t) {
+      const auto from = [&](const Tensor& tensor, size_t token, size_t width) -> Rows {
+        const size_t skip = token * width * sizeof(attention::BFloat16);
+        return {tensor.bytes().Sub(skip, tensor.bytes().size() - skip), 0};
+      };
+      const RecurrentInputs inputs = {.qk_heads = kQk,
+                                      .q = from(this->q_tensor_, kPrompt + t, kQk * 128),
+                                      .k = from(this->k_tensor_, kPrompt + t, kQk * 128),
+                                      .v = from(this->v_tensor_, kPrompt + t, kV * 128),
+                                      .gates = {DType::kBFloat16, kV, from(a, t, kV), from(a, t, kV),
+                                                zero.memory.As<const float>(), zero.memory.As<const float>()},
+                                      .cache_indices = this->final_.template As<const Slot>()};
+      const size_t row = size_t{kV} * 128 * sizeof(attention::BFloat16);
+      ASSERT_OK(
+          Decode(*this->stream_, 1, inputs, this->pool_->view(), this->out_.bytes().Sub((kPrompt + t) * row, row)));
+    }
+    this->batch_ = all;
+    ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
   }
-  const Batch all = {.lengths = {kPrompt + kMore}, .initial = {kNoSlot}, .final = {2}};
-  ASSERT_NO_FATAL_FAILURE(this->Upload(all));
-  this->batch_ = {.lengths = {kPrompt}, .initial = {kNoSlot}, .final = {2}};
-  ASSERT_OK(Put(*this->stream_, this->cu_seqlens_, std::vector<int32_t>{0, kPrompt}));
-  ASSERT_OK(this->Run(*this->stream_));
-  ASSERT_OK_AND_ASSIGN(const Tensor a, MakeTensor(*this->device_, *this->stream_, DType::kBFloat16, gates));
-  ASSERT_OK_AND_ASSIGN(const Tensor zero, MakeTensor(*this->device_, *this->stream_, DType::kFloat32, zeros));
-  for (size_t t = 0; t < kMore; ++t) {
-    const auto from = [&](const Tensor& tensor, size_t token, size_t width) -> Rows {
-      const size_t skip = token * width * sizeof(attention::BFloat16);
-      return {tensor.bytes().Sub(skip, tensor.bytes().size() - skip), 0};
-    };
-    const RecurrentInputs inputs = {.qk_heads = kQk,
-                                    .q = from(this->q_tensor_, kPrompt + t, kQk * 128),
-                                    .k = from(this->k_tensor_, kPrompt + t, kQk * 128),
-                                    .v = from(this->v_tensor_, kPrompt + t, kV * 128),
-                                    .gates = {DType::kBFloat16, kV, from(a, t, kV), from(a, t, kV),
-                                              zero.memory.As<const float>(), zero.memory.As<const float>()},
-                                    .cache_indices = this->final_.template As<const Slot>()};
-    const size_t row = size_t{kV} * 128 * sizeof(attention::BFloat16);
-    ASSERT_OK(Decode(*this->stream_, 1, inputs, this->pool_->view(), this->out_.bytes().Sub((kPrompt + t) * row, row)));
-  }
-  this->batch_ = all;
-  ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
 }
 
 // The state is kept in float32 registers and stored once: no workspace grows with the states, none is in their place.
@@ -499,24 +536,12 @@ TYPED_TEST(PrefillTest, AllocatesAtCreateAloneAndNoState) {
   const PrefillConfig config = {.largest = {4, 512}, .qk_heads = 2, .v_heads = 4};
   const int64_t chunks = ChunkBound(4, 512);
   EXPECT_EQ(chunks, 4 + 508 / 64);
-  EXPECT_EQ(PrefillWorkspaceBytes(config), chunks * 4 * (2 * 64 * 64 * 2 + 2 * 64 * 4));
+  EXPECT_EQ(PrefillWorkspaceBytes(config), chunks * 4 * (3 * 64 * 64 * 2 + 2 * 64 * 4));
   const LiveObjects before = this->device_->live();
   ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Prefill> prefill, Prefill::Create(*this->device_, config));
   EXPECT_EQ(this->device_->live().bytes - before.bytes,
             TestFixture::kCuda ? static_cast<size_t>(PrefillWorkspaceBytes(config)) : size_t{0});
 }
-
-// Sets a variable until its end.
-class ScopedVariable {
- public:
-  ScopedVariable(const char* name, const char* value) : name_(name) { EXPECT_EQ(setenv(name, value, 1), 0); }
-  ~ScopedVariable() { EXPECT_EQ(unsetenv(name_), 0); }
-  ScopedVariable(const ScopedVariable&) = delete;
-  ScopedVariable& operator=(const ScopedVariable&) = delete;
-
- private:
-  const char* const name_;
-};
 
 TYPED_TEST(PrefillTest, TakesItsTuningFromTheEnvironmentAtCreate) {
   const Batch batch = {.lengths = {40, 30}, .initial = {1, 2}, .final = {1, 2}};
@@ -544,14 +569,14 @@ TYPED_TEST(PrefillTest, RefusesATuningThatIsNotCompiledOrFallsBack) {
   const ScopedVariable variable("PRISTINE_GDN_CHUNK_H_NUM_STAGES", "4");
   const size_t allocations = this->device_->total_allocations();
   EXPECT_STATUS(Prefill::Create(*this->device_, config), kInvalidArgument,
-                "gdn_prefill_states: BV 128, 12 warps, 4 stages (PRISTINE_GDN_CHUNK_H_*) is not compiled");
+                "gdn_prefill_states: BV 128, 16 warps, 4 stages (PRISTINE_GDN_CHUNK_H_*) is not compiled");
   EXPECT_EQ(this->device_->total_allocations(), allocations);
   std::vector<std::string> warnings;
   TuningPolicy policy(TuningPolicy::OnBadTuning::kFallBack, [&](const std::string& text) { warnings.push_back(text); });
   for (int i = 1; i <= 2; ++i) {
     ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Prefill> prefill, Prefill::Create(*this->device_, config, &policy));
     ASSERT_NE(prefill->tuning(), nullptr);
-    EXPECT_EQ(*prefill->tuning(), (GdnTuning{128, 12, 3, true}));
+    EXPECT_EQ(*prefill->tuning(), (GdnTuning{128, 16, 3, true}));
     EXPECT_EQ(policy.fallbacks(), i);
   }
   EXPECT_EQ(warnings.size(), 1u);
@@ -622,24 +647,28 @@ TYPED_TEST(PrefillTest, RefusesWhatDoesNotFit) {
 
 // cu_seqlens that no engine should send: nothing outside the tensors is touched, and the run ends.
 TYPED_TEST(PrefillTest, HostileLengthsStayInsideTheTensors) {
-  ASSERT_NO_FATAL_FAILURE(this->Make({1, 1, {3, 70}}, 3, 12));
-  const Batch batch = {.lengths = {30, 30, 10}, .initial = {1, 2, 3}, .final = {1, 2, 3}};
-  constexpr int32_t kMin = std::numeric_limits<int32_t>::min(), kMax = std::numeric_limits<int32_t>::max();
-  for (const std::vector<int32_t>& cu : {std::vector<int32_t>{0, kMax, kMax, kMax},
-                                         {kMin, kMin, 5, 70},
-                                         {50, 20, 60, 10},
-                                         {70, 0, 70, 0},
-                                         {0, 71, 3, kMin}}) {
+  for (const char* const bv : TestFixture::kWays) {
+    const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", bv);
+    SCOPED_TRACE(absl::StrCat("BV ", bv));
+    ASSERT_NO_FATAL_FAILURE(this->Make({1, 1, {3, 70}}, 3, 12));
+    const Batch batch = {.lengths = {30, 30, 10}, .initial = {1, 2, 3}, .final = {1, 2, 3}};
+    constexpr int32_t kMin = std::numeric_limits<int32_t>::min(), kMax = std::numeric_limits<int32_t>::max();
+    for (const std::vector<int32_t>& cu : {std::vector<int32_t>{0, kMax, kMax, kMax},
+                                           {kMin, kMin, 5, 70},
+                                           {50, 20, 60, 10},
+                                           {70, 0, 70, 0},
+                                           {0, 71, 3, kMin}}) {
+      ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
+      ASSERT_OK(Put(*this->stream_, this->cu_seqlens_, cu));
+      ASSERT_OK(this->Run(*this->stream_));
+      ASSERT_OK(this->stream_->Synchronize());
+      ASSERT_OK_AND_ASSIGN(const Bytes after, ReadBytes(*this->stream_, this->pool_->view().states));
+      EXPECT_TRUE(std::equal(after.begin(), after.begin() + kStateElements * 4, this->state_bytes_.begin()));  // slot 0
+    }
     ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
-    ASSERT_OK(Put(*this->stream_, this->cu_seqlens_, cu));
     ASSERT_OK(this->Run(*this->stream_));
-    ASSERT_OK(this->stream_->Synchronize());
-    ASSERT_OK_AND_ASSIGN(const Bytes after, ReadBytes(*this->stream_, this->pool_->view().states));
-    EXPECT_TRUE(std::equal(after.begin(), after.begin() + kStateElements * 4, this->state_bytes_.begin()));  // slot 0
+    ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
   }
-  ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
-  ASSERT_OK(this->Run(*this->stream_));
-  ASSERT_NO_FATAL_FAILURE(this->ExpectRight());
 }
 
 }  // namespace

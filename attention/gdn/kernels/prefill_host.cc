@@ -77,4 +77,9 @@ int PrefillStatesHost(const PrefillParams& p) {
   return 0;
 }
 
+int PrefillHost(const PrefillParams& p) {
+  PrefillPrepareHost(p);
+  return PrefillStatesHost(p);
+}
+
 }  // namespace pristine::attention::gdn

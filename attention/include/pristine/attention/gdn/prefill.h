@@ -38,10 +38,11 @@ struct PrefillConfig {
 // q, k, v and out are bfloat16.
 struct PrefillTensors {
   Rows q = {};                                // [tokens, qk_heads, K], normalised: QkvSplit with norm_head_dim 128
-  Rows k = {};                                // the same
+  Rows k = {};                                // the same; T is computed in half precision, which holds what keys
+                                              //   of length 1 and beta in [0, 1] make
   Rows v = {};                                // [tokens, v_heads, V]
   DeviceSpan<const float> g = {};             // [tokens, v_heads], at most 0: Gates or QkvSplit
-  DeviceSpan<const float> beta = {};          // [tokens, v_heads]
+  DeviceSpan<const float> beta = {};          // [tokens, v_heads], in [0, 1]
   DeviceSpan<const int32_t> cu_seqlens = {};  // [requests + 1]; a padded tail repeats the last real value
   DeviceSpan<const Slot> initial_slots = {};  // [requests]; -1 starts from zeros
   // [requests]; -1 stores nothing. No slot twice, and none that another sequence starts from.
@@ -62,10 +63,10 @@ class Prefill {
   static absl::StatusOr<std::unique_ptr<Prefill>> Create(Device& device, const PrefillConfig& config,
                                                          TuningPolicy* tuning = nullptr);
 
-  // Queues two kernels whose grids follow from `bucket` alone and are exact for any cu_seqlens within it; captureable;
-  // does not allocate or block. Final states are written in the pool's own dtype, computed in float32 registers.
-  // A slot outside the pool counts as -1; under PaddedRows::kClampToZero an initial -1 reads slot 0.
-  // cu_seqlens that fall or leave [0, bucket.tokens] give wrong numbers, never a wild access.
+  // Queues one kernel, or two, whose choice and grids follow from `bucket` and device alone and are exact for any
+  // cu_seqlens within it; captureable; does not allocate or block. Final states are written in the pool's own dtype,
+  // computed in float32 registers. A slot outside the pool counts as -1; under PaddedRows::kClampToZero an initial -1
+  // reads slot 0. cu_seqlens that fall or leave [0, bucket.tokens] give wrong numbers, never a wild access.
   // INVALID_ARGUMENT: a bucket larger than config.largest, a tensor too small for it, misaligned (16 bytes for q, k, v,
   // out and their strides) or of a stride below its row, a pool of other heads. UNIMPLEMENTED: a pool that is neither
   // float32 nor bfloat16.
@@ -86,8 +87,8 @@ class Prefill {
 // The configurations of the kernel that keeps the states, and its launcher's shared memory for each: for CheckTuning.
 TunableKernel PrefillStateKernel();
 
-// What Create allocates on a CUDA device: per 64 tokens and value head two 64 x 64 bfloat16 matrices and the gates. No
-// state is part of it.
+// What Create allocates on a CUDA device: per 64 tokens and value head three 64 x 64 bfloat16 matrices and the gates.
+// No state is part of it.
 int64_t PrefillWorkspaceBytes(const PrefillConfig& config);
 
 }  // namespace pristine::attention::gdn
