@@ -1,10 +1,12 @@
 // Programmatic dependent launch: a kernel's blocks are set up while the kernel before in the stream drains. They wait
 // for its end, and for all memory it wrote, before they read or write anything, so that the stream's order holds as
-// ever. From sm_90 on; before it nothing overlaps. A captured launch becomes a programmatic edge of the graph.
+// ever. A build for devices before sm_90 overlaps nothing. A captured launch becomes a programmatic edge of the graph.
 #ifndef PRISTINE_ATTENTION_GDN_KERNELS_OVERLAP_CUH_
 #define PRISTINE_ATTENTION_GDN_KERNELS_OVERLAP_CUH_
 
 #include <cuda_runtime.h>
+
+#include <initializer_list>
 
 struct CUstream_st;
 
@@ -25,6 +27,15 @@ __device__ inline void AllowNextKernel() {
 #endif
 }
 
+// Whether each architecture that is compiled waits: code of one that does not, translated for a newer device, must not
+// be launched early.
+constexpr bool EveryArchitectureWaits() {
+  for (const int architecture : {__CUDA_ARCH_LIST__}) {
+    if (architecture < 900) return false;
+  }
+  return true;
+}
+
 template <class... Args>
 int LaunchOverlapped(CUstream_st* stream, void (*kernel)(Args...), dim3 grid, int threads, const Args&... args) {
   cudaLaunchAttribute attribute = {};
@@ -35,7 +46,7 @@ int LaunchOverlapped(CUstream_st* stream, void (*kernel)(Args...), dim3 grid, in
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = EveryArchitectureWaits() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
