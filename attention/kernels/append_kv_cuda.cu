@@ -117,14 +117,13 @@ int LaunchAppend(CUstream_st* stream, AppendKvParams params, int vector) {
                            .head_stride = static_cast<unsigned>(params.head_stride / vector),
                            .head = MakeDivider(head),
                            .page_size = MakeDivider(params.page_size)};
-  void* arguments[] = {&launch};
   const int lanes = row < kThreads ? row : kThreads;
   const int rows = kThreads / lanes;
   const int columns = (row - 1) / lanes + 1;
   const dim3 grid(static_cast<unsigned>((params.tokens - 1) / rows + 1),
                   static_cast<unsigned>(columns < kMaxGridY ? columns : kMaxGridY));
-  return LaunchDependent(reinterpret_cast<const void*>(&AppendKvKernel<Op>), grid,
-                         dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows)), 0, arguments, stream);
+  return LaunchDependent(stream, AppendKvKernel<Op>, grid,
+                         dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows)), 0, launch);
 }
 
 bool IsMultipleOf16(const AppendKvParams& p) {

@@ -10,6 +10,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+#include <initializer_list>
+
 namespace pristine::attention {
 
 // Waits for all that the stream held before.
@@ -20,24 +23,29 @@ __device__ inline void WaitForStream() {
 }
 
 // Lets the next kernel of the stream come to the device, if it waits like this one, once all blocks have been here or
-// have ended.
+// have ended. Its blocks take room: in kernels that fill the device call it behind the loads (measured).
 __device__ inline void LetNextBegin() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-// Code for architectures before sm_90 does not wait, so that a program which has some is launched in plain order on
-// all.
-constexpr bool CompiledToWait() {
+// Whether what runs on the current device waits: code for its own generation does from sm_90 on. A device without such
+// code translates what was written for an older one, which may not wait.
+inline bool CodeWaits() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
   for (const int architecture : {__CUDA_ARCH_LIST__}) {
-    if (architecture < 900) return false;
+    if (architecture >= 900 && architecture / 100 == major) return true;
   }
-  return true;
+  return false;
 }
 
-inline int LaunchDependent(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void** arguments,
-                           cudaStream_t stream) {
+// Returns a cudaError_t.
+template <class... Params>
+int LaunchDependent(CUstream_st* stream, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                    const Params&... params) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -47,8 +55,8 @@ inline int LaunchDependent(const void* kernel, dim3 grid, dim3 block, size_t sha
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = CompiledToWait() ? 1 : 0;
-  return cudaLaunchKernelExC(&config, kernel, arguments);
+  config.numAttrs = CodeWaits() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
 }  // namespace pristine::attention

@@ -272,26 +272,24 @@ __global__ void __launch_bounds__(kConvertThreads) ConvertLseKernel(const Conver
 
 template <class Params>
 int LaunchOverHeads(void (*kernel)(Params), CUstream_st* stream, const Params& params, int lanes, int threads) {
-  void* arguments[] = {const_cast<Params*>(&params)};
   // As few blocks as there must be, and the heads evenly over them.
   const int most = threads / lanes;
   const int blocks = (params.heads + most - 1) / most;
   const int heads = (params.heads + blocks - 1) / blocks;
   const dim3 grid(static_cast<unsigned>(params.rows), static_cast<unsigned>(blocks));
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(heads));
-  return LaunchDependent(reinterpret_cast<const void*>(kernel), grid, block, 0, arguments, stream);
+  return LaunchDependent(stream, kernel, grid, block, 0, params);
 }
 
 }  // namespace
 
 template <class T, int kHeadDim>
 int MergePairBlockPerTokenCuda(CUstream_st* stream, const MergePairParams& params) {
-  void* arguments[] = {const_cast<MergePairParams*>(&params)};
   const int threads = Part<T, kHeadDim>::kLanes * params.heads;
   const int tokens = threads * 2 <= kPairThreads && kPairThreads % threads == 0 ? kPairThreads / threads : 1;
   const dim3 block(Part<T, kHeadDim>::kLanes, static_cast<unsigned>(params.heads), static_cast<unsigned>(tokens));
-  return LaunchDependent(reinterpret_cast<const void*>(&MergePairKernel<T, kHeadDim>),
-                         dim3(static_cast<unsigned>((params.rows - 1) / tokens + 1)), block, 0, arguments, stream);
+  const dim3 grid(static_cast<unsigned>((params.rows - 1) / tokens + 1));
+  return LaunchDependent(stream, MergePairKernel<T, kHeadDim>, grid, block, 0, params);
 }
 
 template <class T, int kHeadDim>

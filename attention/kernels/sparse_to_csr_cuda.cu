@@ -246,10 +246,9 @@ int LaunchCsr(CUstream_st* stream, const SparseToCsrParams& params, int run_leng
       .run_bits = 0,
       .lead = (kLine - 1) / run_length + 1};
   while (1 << launch.run_bits < run_length) ++launch.run_bits;
-  void* arguments[] = {&launch};
-  return LaunchDependent(reinterpret_cast<const void*>(&SparseToCsrKernel<F>),
+  return LaunchDependent(stream, SparseToCsrKernel<F>,
                          dim3(static_cast<unsigned>(params.rows) * static_cast<unsigned>(parts)), dim3(F::kThreads),
-                         sizeof(Run) * static_cast<size_t>(part / run_length + launch.lead + 1), arguments, stream);
+                         sizeof(Run) * static_cast<size_t>(part / run_length + launch.lead + 1), launch);
 }
 
 }  // namespace

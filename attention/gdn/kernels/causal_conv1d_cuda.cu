@@ -10,7 +10,7 @@
 #include "attention/gdn/kernels/causal_conv1d.h"
 #include "attention/gdn/kernels/channels_device.cuh"
 #include "attention/gdn/kernels/gates_device.cuh"
-#include "attention/gdn/kernels/overlap.cuh"
+#include "attention/kernels/dependent_launch.cuh"
 
 namespace pristine::attention::gdn {
 namespace {
@@ -319,7 +319,7 @@ class Inputs {
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kVector ? 5 : 4)
     CausalConvKernel(const __grid_constant__ CausalConv1dParams p) {
-  AwaitKernelBefore();
+  WaitForStream();
   const int all = static_cast<int>(p.tokens);
   const int gate_blocks = p.gates.g == nullptr ? 0 : (all + kGateTokens - 1) / kGateTokens;
   const int place = static_cast<int>(blockIdx.x) - gate_blocks;
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kVector ? 5 : 4)
   for (int i = 0; i < kHistory; ++i) x[i] = channels.LoadX(max(run - kHistory + i, 0));
   const Convolution<T, kVector> convolution(p, channels, first_channel);
   const int before = RequestsBefore(p, run);
-  AllowNextKernel();
+  LetNextBegin();
   Walk walk(p, before, run);
 #pragma unroll 1
   for (int b = 0; b < kBatches; ++b) {
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kVector ? 5 : 4)
 
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads) CausalConvUpdateKernel(const __grid_constant__ CausalConv1dParams p) {
-  AwaitKernelBefore();
+  WaitForStream();
   const int channel_tiles = (p.dim + kTileChannels - 1) / kTileChannels;
   const int row = blockIdx.y;
   const int64_t first = int64_t{row} * p.row_tokens;
@@ -416,11 +416,12 @@ int LaunchConv(CUstream_st* stream, const CausalConv1dParams& p) {
   const bool gates = p.gates.g != nullptr;
   if (p.cu_seqlens == nullptr) {
     const dim3 grid(static_cast<unsigned>(tiles + (gates ? 1 : 0)), static_cast<unsigned>(p.requests));
-    return LaunchOverlapped(stream, CausalConvUpdateKernel<T, kVector>, grid, kThreads, p);
+    return LaunchDependent(stream, CausalConvUpdateKernel<T, kVector>, grid, dim3(kThreads), 0, p);
   }
   const int64_t blocks =
       (p.tokens + kTileTokens - 1) / kTileTokens * tiles + (gates ? (p.tokens + kGateTokens - 1) / kGateTokens : 0);
-  return LaunchOverlapped(stream, CausalConvKernel<T, kVector>, dim3(static_cast<unsigned>(blocks)), kThreads, p);
+  return LaunchDependent(stream, CausalConvKernel<T, kVector>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+                         p);
 }
 
 }  // namespace

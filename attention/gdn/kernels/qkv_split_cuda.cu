@@ -7,8 +7,8 @@
 
 #include "attention/gdn/kernels/channels_device.cuh"
 #include "attention/gdn/kernels/gates_device.cuh"
-#include "attention/gdn/kernels/overlap.cuh"
 #include "attention/gdn/kernels/qkv_split.h"
+#include "attention/kernels/dependent_launch.cuh"
 
 namespace pristine::attention::gdn {
 namespace {
@@ -36,7 +36,7 @@ constexpr int kWarpChannels = 32 * kPer;
 // Any strides. kVector: a thread's channels follow each other, on both sides, at multiples of 16 bytes.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads) QkvSplitTokensKernel(const __grid_constant__ QkvSplitParams p) {
-  AwaitKernelBefore();
+  WaitForStream();
   constexpr int kTileTokens = kWarps * kBatch;
   const int dim = p.dim[0] + p.dim[1] + p.dim[2];
   const int tiles = (dim + kWarpChannels - 1) / kWarpChannels + (p.gates.g == nullptr ? 0 : 1);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) QkvSplitTokensKernel(const __grid_co
                                 dim - first);
     }
   }
-  AllowNextKernel();
+  LetNextBegin();
   const Segments<T, kPer, kVector> segments(p.out, p.dim, first);
   if (p.norm_head_dim != 0) NormaliseHeads(x, first < p.dim[0] + p.dim[1] ? p.norm_head_dim : 0);
 #pragma unroll
@@ -138,7 +138,7 @@ __device__ void NormaliseTile(Eight<T> (&y)[kTokens], int head_dim) {
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kTransposedThreads, 5)
     QkvSplitTransposedKernel(const __grid_constant__ QkvSplitParams p) {
-  AwaitKernelBefore();
+  WaitForStream();
   using Tile = TransposedTile<T>;
   constexpr int kVector = Tile::kVector;
   int64_t channel_tiles = p.gates.g == nullptr ? 0 : 1;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kTransposedThreads, 5)
       in[c] = {pack.words[0], pack.words[1], pack.words[2], pack.words[3]};
     }
   }
-  AllowNextKernel();
+  LetNextBegin();
 
   Eight<T> y[kVector];
 #pragma unroll
@@ -256,9 +256,9 @@ int LaunchTransposed(CUstream_st* stream, const QkvSplitParams& p) {
   for (const int32_t dim : p.dim) blocks += Tile::ChannelTiles(dim);
   const dim3 grid(static_cast<unsigned>(blocks * Tile::Tiles(p.tokens)));
   if (reinterpret_cast<uintptr_t>(p.mixed) % 16 == 0 && p.stride_d * sizeof(T) % 16 == 0) {
-    return LaunchOverlapped(stream, QkvSplitTransposedKernel<T, true>, grid, kTransposedThreads, p);
+    return LaunchDependent(stream, QkvSplitTransposedKernel<T, true>, grid, dim3(kTransposedThreads), 0, p);
   }
-  return LaunchOverlapped(stream, QkvSplitTransposedKernel<T, false>, grid, kTransposedThreads, p);
+  return LaunchDependent(stream, QkvSplitTransposedKernel<T, false>, grid, dim3(kTransposedThreads), 0, p);
 }
 
 template <class T>
@@ -267,9 +267,9 @@ int LaunchTokens(CUstream_st* stream, const QkvSplitParams& p) {
   const int64_t tiles = (dim + kWarpChannels - 1) / kWarpChannels + (p.gates.g == nullptr ? 0 : 1);
   const dim3 grid(static_cast<unsigned>((p.tokens + kWarps * kBatch - 1) / (kWarps * kBatch) * tiles));
   if (p.stride_d == 1 && Multiples(p, sizeof(T), kPer * sizeof(T))) {
-    return LaunchOverlapped(stream, QkvSplitTokensKernel<T, true>, grid, kThreads, p);
+    return LaunchDependent(stream, QkvSplitTokensKernel<T, true>, grid, dim3(kThreads), 0, p);
   }
-  return LaunchOverlapped(stream, QkvSplitTokensKernel<T, false>, grid, kThreads, p);
+  return LaunchDependent(stream, QkvSplitTokensKernel<T, false>, grid, dim3(kThreads), 0, p);
 }
 
 }  // namespace

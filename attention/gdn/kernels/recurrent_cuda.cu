@@ -11,8 +11,8 @@
 #include <cuda_runtime.h>
 
 #include "attention/gdn/kernels/channels_device.cuh"
-#include "attention/gdn/kernels/overlap.cuh"
 #include "attention/gdn/kernels/recurrent.h"
+#include "attention/kernels/dependent_launch.cuh"
 
 namespace pristine::attention::gdn {
 namespace {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
   const int own_v = first_v + lane * kHalves;                                          // of lanes below kRows
   const int64_t out_row = int64_t{p.v_heads} * kDim;
   T* const out = static_cast<T*>(p.out);
-  AwaitKernelBefore();
+  WaitForStream();
 
   const int32_t index = p.cache_indices[row];
   // Does not depend on the index: on its way before the state's address is known.
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
       *reinterpret_cast<uint4*>(words[r].words[w].words) = __ldcs(reinterpret_cast<const uint4*>(at));
     }
   }
-  AllowNextKernel();
+  LetNextBegin();
   QueryKey<State> qk(p, in);  // while the state is on its way
   float s[kRows][kPerLane];
 #pragma unroll
@@ -256,7 +256,7 @@ template <class T, class State, int kRows, bool kVectors>
 int LaunchRows(CUstream_st* stream, const RecurrentParams& params) {
   constexpr int kParts = kDim / (kRows * kHalves * (kThreads / 32));
   const dim3 grid(static_cast<unsigned>(params.v_heads * kParts), static_cast<unsigned>(params.rows));
-  return LaunchOverlapped(stream, GdnRecurrentKernel<T, State, kRows, kVectors>, grid, kThreads, params);
+  return LaunchDependent(stream, GdnRecurrentKernel<T, State, kRows, kVectors>, grid, dim3(kThreads), 0, params);
 }
 
 template <class T, class State>
