@@ -2,8 +2,7 @@
 // is never leaves the multiprocessor, and q and k are read once.
 //
 // A block is one (sequence, value head): two consumer warpgroups keep the state (prefill_states_device.cuh); a third
-// loads the next chunk, and computes T and P of the one before it while the consumers are busy with the one before
-// that.
+// computes T and P of the next chunk (prefill_inverse_device.cuh); a fourth loads the chunk after that.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
