@@ -350,9 +350,6 @@ class Block {
           weight[w] = Exp2(small_.top[w][row] - safe);
           total.mass = fmaf(small_.mass[w][row], weight[w], total.mass);
         }
-        const long long place = planned ? ItemPlace(piece, row) : BlockPlace(blockIdx.x, begins, row);
-        float factor = total.mass != 0.0f ? 1.0f / total.mass : 0.0f;
-        if (planned && p_.kv.v_scale != nullptr) factor *= *p_.kv.v_scale;
         for (int dim = threadIdx.x % share * 4; dim < kHeadDim; dim += share * 4) {
           float4 sum = {0, 0, 0, 0};
 #pragma unroll
@@ -363,6 +360,9 @@ class Block {
           if (whole) {
             WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
           } else {
+            const long long place = planned ? ItemPlace(piece, row) : BlockPlace(blockIdx.x, begins, row);
+            float factor = total.mass != 0.0f ? 1.0f / total.mass : 0.0f;
+            if (planned && p_.kv.v_scale != nullptr) factor *= *p_.kv.v_scale;
             *reinterpret_cast<float4*>(p_.partial_out + place * kHeadDim + dim) = Scaled(sum, factor);
             if (dim == 0) p_.partial_lse[place] = total.Lse();
           }
