@@ -41,7 +41,7 @@ struct DecodeTensors {
 // Work is clipped to the row's length and pages as the device sees them, and page numbers outside the pool are skipped:
 // a wrong plan or table gives wrong numbers, never a wild read. Nothing outside the attended positions is used.
 // On CUDA devices from 9.0 on the kernel begins while the one ahead of it ends (a programmatic edge in a graph). Until
-// that one's end it looks at the page table only, and at pages in the pool that it names then; it uses and writes nothing.
+// then it looks at the page table only, and at pages in the pool that this names; it uses and writes nothing.
 class PagedDecode {
  public:
   // `plan` must outlive this. `scale` > 0; 1 / sqrt(head_dim) is usual. Sets kernel attributes on the plan's device.
