@@ -303,6 +303,7 @@ class Block {
   __device__ void Finish(const Piece& piece, WarpState& state, bool is_last) {
     const int rows = RowsOf(piece);
     const int at_once = is_last ? S::kRows : 4;
+    const int share = !is_last || rows <= 4 ? 32 : rows <= 8 ? 16 : 8;  // threads of a row
     float* const sums = reinterpret_cast<float*>(is_last ? shared_ : turn_);
     const int warp_stride = is_last ? S::kRing / 4 : 4 * S::kMergeStride;
     const bool planned = p_.plan != nullptr;
@@ -338,29 +339,34 @@ class Block {
         }
       }
       __syncthreads();
-      for (int i = threadIdx.x; i < min(at_once, rows - first) * kVecs; i += kThreads) {
-        const int row = first + i / kVecs, dim = i % kVecs * 4;
+      for (int row = first + threadIdx.x / share; row < min(first + at_once, rows); row += kThreads / share) {
         Total total = {-CUDART_INF_F, 0.0f};
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) total.top = fmaxf(total.top, small_.top[w][row]);
         const float safe = total.top == -CUDART_INF_F ? 0.0f : total.top;
-        float4 sum = {0, 0, 0, 0};
+        float weight[kWarps];
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          const float weight = Exp2(small_.top[w][row] - safe);
-          total.mass = fmaf(small_.mass[w][row], weight, total.mass);
-          AddScaled(sum, *reinterpret_cast<const float4*>(sums + w * warp_stride + i / kVecs * S::kMergeStride + dim),
-                    weight);
+          weight[w] = Exp2(small_.top[w][row] - safe);
+          total.mass = fmaf(small_.mass[w][row], weight[w], total.mass);
         }
-        if (whole) {
-          WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
-          continue;
+        for (int dim = threadIdx.x % share * 4; dim < kHeadDim; dim += share * 4) {
+          float4 sum = {0, 0, 0, 0};
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) {
+            const float* const from = sums + w * warp_stride + (row - first) * S::kMergeStride + dim;
+            AddScaled(sum, *reinterpret_cast<const float4*>(from), weight[w]);
+          }
+          if (whole) {
+            WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
+          } else {
+            const long long place = planned ? ItemPlace(piece, row) : BlockPlace(blockIdx.x, begins, row);
+            float factor = total.mass != 0.0f ? 1.0f / total.mass : 0.0f;
+            if (planned && p_.kv.v_scale != nullptr) factor *= *p_.kv.v_scale;
+            *reinterpret_cast<float4*>(p_.partial_out + place * kHeadDim + dim) = Scaled(sum, factor);
+            if (dim == 0) p_.partial_lse[place] = total.Lse();
+          }
         }
-        const long long place = planned ? ItemPlace(piece, row) : BlockPlace(blockIdx.x, begins, row);
-        float factor = total.mass != 0.0f ? 1.0f / total.mass : 0.0f;
-        if (planned && p_.kv.v_scale != nullptr) factor *= *p_.kv.v_scale;
-        *reinterpret_cast<float4*>(p_.partial_out + place * kHeadDim + dim) = Scaled(sum, factor);
-        if (dim == 0) p_.partial_lse[place] = total.Lse();
       }
       __syncthreads();
     }
@@ -371,49 +377,77 @@ class Block {
       small_.is_last = IncrementAcqRel(p_.counters + piece.first_block, others) == others;
     }
     __syncthreads();
-    if (small_.is_last) Merge(piece, rows);
+    if (small_.is_last) {
+      if (rows <= 8) {
+        Merge<1>(piece, rows);
+      } else {
+        Merge<4>(piece, rows);
+      }
+    }
     __syncthreads();
   }
 
-  // The partial results of a unit's blocks, in their order.
+  // The partial results of a unit's blocks, in their order. A thread has kItems results in hand, with a load for each
+  // of kAtOnce blocks under way.
+  template <int kItems>
   __device__ void Merge(const Piece& piece, int rows) {
-    constexpr int kAtOnce = kMTiles == 1 ? 16 : 8;
-    for (int i = threadIdx.x; i < rows * kVecs; i += kThreads) {
-      const int row = i / kVecs, dim = i % kVecs * 4;
-      // The first block's apart, the others' one after the other.
-      const long long first = BlockPlace(piece.first_block, true, row);
-      Total total = {__ldcg(p_.partial_lse + first), 0.0f};
-      float4 sum = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + first * kHeadDim + dim));
-      const float* lses = p_.partial_lse + BlockPlace(piece.first_block + 1, false, row);
-      const float* parts = p_.partial_out + BlockPlace(piece.first_block + 1, false, row) * kHeadDim + dim;
-      total.mass = total.top == -CUDART_INF_F ? 0.0f : 1.0f;
-      for (int left = piece.last_block - piece.first_block; left > 0; left -= kAtOnce) {
-        float lse[kAtOnce];
-        float4 part[kAtOnce];
+    constexpr int kAtOnce = 16 / kItems / kMTiles;
+    const int items = rows * kVecs;
+    for (int i = threadIdx.x; i < items; i += kItems * kThreads) {
+      // The first block's part lies apart, the others' one after the other.
+      Total total[kItems];
+      float4 sum[kItems];
+      const float* lses[kItems];
+      const float* parts[kItems];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {  // all under way at once
-          lse[j] = -CUDART_INF_F;
-          part[j] = {0, 0, 0, 0};
-          LoadIf(j < left, lses + j * kDecodeTileRows, lse[j]);
-          LoadIf(j < left, parts + j * kDecodeTileRows * kHeadDim, part[j]);
-        }
-        float top = total.top;
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, lse[j]);
-        const float safe = top == -CUDART_INF_F ? 0.0f : top;
-        const float decay = Exp2(total.top - safe);
-        total = {top, total.mass * decay};
-        sum = Scaled(sum, decay);
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const float weight = Exp2(lse[j] - safe);  // 0 of a part that attends nothing, and its values are 0 too
-          total.mass += weight;
-          AddScaled(sum, part[j], weight);
-        }
-        lses += kAtOnce * kDecodeTileRows;
-        parts += kAtOnce * kDecodeTileRows * kHeadDim;
+      for (int k = 0; k < kItems; ++k) {
+        const int row = min(i + k * kThreads, items - 1) / kVecs, dim = i % kVecs * 4;
+        const long long first = BlockPlace(piece.first_block, true, row);
+        const long long next = BlockPlace(piece.first_block + 1, false, row);
+        total[k].top = __ldcg(p_.partial_lse + first);
+        sum[k] = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + first * kHeadDim + dim));
+        lses[k] = p_.partial_lse + next;
+        parts[k] = p_.partial_out + next * kHeadDim + dim;
       }
-      WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) total[k].mass = total[k].top == -CUDART_INF_F ? 0.0f : 1.0f;
+      for (int left = piece.last_block - piece.first_block; left > 0; left -= kAtOnce) {
+        float lse[kItems][kAtOnce];
+        float4 part[kItems][kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kItems; ++k) {
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            lse[k][j] = -CUDART_INF_F;
+            part[k][j] = {0, 0, 0, 0};
+            LoadIf(j < left, lses[k] + j * kDecodeTileRows, lse[k][j]);
+            LoadIf(j < left, parts[k] + j * kDecodeTileRows * kHeadDim, part[k][j]);
+          }
+          lses[k] += kAtOnce * kDecodeTileRows;
+          parts[k] += kAtOnce * kDecodeTileRows * kHeadDim;
+        }
+#pragma unroll
+        for (int k = 0; k < kItems; ++k) {
+          float top = total[k].top;
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, lse[k][j]);
+          const float safe = top == -CUDART_INF_F ? 0.0f : top;
+          const float decay = Exp2(total[k].top - safe);
+          total[k] = {top, total[k].mass * decay};
+          sum[k] = Scaled(sum[k], decay);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const float weight = Exp2(lse[k][j] - safe);  // 0 of a part that attends nothing; its values are 0, too
+            total[k].mass += weight;
+            AddScaled(sum[k], part[k][j], weight);
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        const int item = i + k * kThreads;
+        if (item < items) WriteResult<T, kHeadDim>(launch_, piece, item / kVecs, item % kVecs * 4, sum[k], total[k]);
+      }
     }
   }
 

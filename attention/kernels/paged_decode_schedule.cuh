@@ -122,8 +122,12 @@ struct Line {
   __device__ void Divide(const DecodeLaunch& launch, int filled, int grid) {
     const int tiles = prefix[launch.p.rows];
     total = tiles * launch.units;
-    blocks = min(grid, total);
-    if (total == 0) return;
+    if (total == 0) {
+      blocks = 0;
+      return;
+    }
+    // Of many packed rows a part is dear to merge.
+    blocks = min(grid, max(1, launch.rows > 8 ? total / 2 : total));
     const int all = filled * launch.units;
     if (prefix[1] * filled == tiles) {
       if (all < blocks) {

@@ -69,11 +69,17 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
     return absl::OkStatus();
   }
   absl::Status Body(Stream& stream) {
-    PRISTINE_RETURN_IF_ERROR(Launch(stream, kLateCopy,
-                                    LateCopyParams{.to = arena_.template As<int32_t>().address(),
-                                                   .from = staged_.template As<const int32_t>().address(),
-                                                   .count = static_cast<int64_t>(arena_.template As<int32_t>().size()),
-                                                   .nanoseconds = 200'000}));
+    const DeviceSpan<int32_t> to = arena_.template As<int32_t>();
+    const DeviceSpan<const int32_t> from = staged_.template As<const int32_t>();
+    if (by_copy_) {
+      PRISTINE_RETURN_IF_ERROR(stream.Copy(AsWritableBytes(to), AsBytes(from)));
+    } else {
+      PRISTINE_RETURN_IF_ERROR(Launch(stream, kLateCopy,
+                                      LateCopyParams{.to = to.address(),
+                                                     .from = from.address(),
+                                                     .count = static_cast<int64_t>(to.size()),
+                                                     .nanoseconds = 200'000}));
+    }
     return this->rig_->decode().Run(stream, {rows_, rows_ * q_len_}, this->rig_->tensors);
   }
 
@@ -111,6 +117,7 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
   }
 
   int32_t q_len_ = 1;
+  bool by_copy_ = false;  // which no kernel begins ahead of
 
  private:
   size_t IntsAt(const DecodeCase& step) const { return (step.Q().size() + 2 * pool_) / sizeof(int32_t); }
@@ -134,7 +141,7 @@ TYPED_TEST(DecodeEarlyTest, WhatTheKernelAheadWritesLateIsWhatDecodeReads) {
           DecodeShape{.seed = 1130}}) {
       this->q_len_ = shape.q_len;
       const std::vector<DecodeCase> steps = {
-          DecodeCase(shape, {300, 0, 64, 33}, {280, -1, 63, 0}), DecodeCase(shape, {65, 129, 0, 400}, {64, 0, -1, 399}),
+          DecodeCase(shape, {200, 0, 64, 33}, {180, -1, 63, 0}), DecodeCase(shape, {65, 129, 0, 250}, {64, 0, -1, 249}),
           DecodeCase(shape, {1, 1, 1, 1}, {-1, -1, -1, -1}), DecodeCase(shape, {256, 256, 256, 256}, {255, 0, 128, 64}),
           DecodeCase(shape, {256, 257, 256, 256}, {255, 256, 128, 64})};
       ASSERT_OK(this->Build(steps, scheduler));
@@ -167,6 +174,20 @@ TYPED_TEST(DecodeEarlyTest, AnythingMayLieThereBefore) {
       value = i < 7 ? wild[i] : wild[random() % 7];
     }
     EXPECT_EQ(this->RunOver(before, steps[i % 2], i % 3 != 0), "") << i;
+  }
+}
+
+// Behind what is no kernel there is nothing to begin early for, and decode is as good.
+TYPED_TEST(DecodeEarlyTest, BehindACopyItReadsWhatWasCopied) {
+  const DecodeShape shape = {.dtype = DType::kBFloat16, .head_dim = 128, .page_size = 16, .seed = 1150};
+  const std::vector<DecodeCase> steps = {DecodeCase(shape, {200, 0, 64, 33}, {180, -1, 63, 0}),
+                                         DecodeCase(shape, {65, 129, 0, 250}, {64, 0, -1, 249})};
+  this->by_copy_ = true;
+  ASSERT_OK(this->Build(steps, DecodeScheduler::kDevice));
+  for (const bool replayed : {false, true}) {
+    for (const size_t i : {0, 1, 0}) {
+      EXPECT_EQ(this->RunOver(this->Contents(steps[1 - i]), steps[i], replayed), "") << i;
+    }
   }
 }
 

@@ -39,7 +39,9 @@ struct DecodeTensors {
 
 // Binds to a plan and is called by any number of layers with that layer's KV.
 // Work is clipped to the row's length and pages as the device sees them, and page numbers outside the pool are skipped:
-// a wrong plan or table gives wrong numbers, never a wild read. Nothing outside the attended positions is read.
+// a wrong plan or table gives wrong numbers, never a wild read. Nothing outside the attended positions is used.
+// On CUDA devices from 9.0 on the kernel begins while the one ahead of it ends (a programmatic edge in a graph). Until
+// then it looks at the page table only, and at pages in the pool that this names; it uses and writes nothing.
 class PagedDecode {
  public:
   // `plan` must outlive this. `scale` > 0; 1 / sqrt(head_dim) is usual. Sets kernel attributes on the plan's device.
