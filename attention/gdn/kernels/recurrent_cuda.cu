@@ -194,7 +194,6 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
       *reinterpret_cast<uint4*>(words[r].words[w].words) = __ldcs(reinterpret_cast<const uint4*>(at));
     }
   }
-  LetNextBegin();
   QueryKey<State> qk(p, in);  // while the state is on its way
   float s[kRows][kPerLane];
 #pragma unroll
@@ -228,6 +227,7 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
     qk = QueryKey<State>(p, in);
   }
 
+  LetNextBegin();
   if (!p.store || padded) return;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
