@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "attention/kernels/dependent_launch.cuh"
 #include "attention/kernels/mma_sm80.cuh"
 #include "attention/kernels/paged_decode.h"
 #include "attention/kernels/paged_decode_schedule.cuh"
@@ -84,10 +85,10 @@ class Block {
         loader_(launch, ring_, small_.attended[warp_]) {}
 
   __device__ void Run() {
-    LetDependentsBegin();  // all blocks fit on the device: what comes next takes none of their places
+    LetNextBegin();  // all blocks fit on the device: what comes next takes none of their places
     line_.prefix = prefix_;
     if (p_.plan != nullptr) {
-      AwaitPredecessors();
+      WaitForStream();
       RunItem();
       return;
     }
@@ -103,6 +104,7 @@ class Block {
   // which is checked after the wait, together with the first look-ups, and made anew where it was wrong.
   __device__ void Begin(int& begin, Piece& piece) {
     bool waited = !p_.begins_early;
+    if (waited) WaitForStream();
 #pragma unroll 1
     for (;;) {
       const int filled = ScanRows<S::kTile>(p_, prefix_, small_);
@@ -116,7 +118,7 @@ class Block {
         piece = PieceAt<S>(launch_, line_, begin, end_);
       }
       if (!waited && works) Hint(piece);
-      if (!waited) AwaitPredecessors();
+      if (!waited) WaitForStream();
       if (works) loader_.Start(piece);
       if (waited || !__syncthreads_or(Changed(piece))) return;
       waited = true;

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include "attention/kernels/dependent_launch.cuh"
 #include "attention/kernels/paged_decode.h"
 #include "attention/kernels/paged_decode_block.cuh"
 #include "attention/kernels/paged_decode_schedule.cuh"
@@ -38,17 +39,10 @@ int LaunchMma(CUstream_st* stream, const PagedDecodeParams& params) {
                                .by_units = MakeDivider(units),
                                .by_page = MakeDivider(params.kv.page_size)};
   const bool planned = params.plan != nullptr;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(planned ? params.max_items : params.blocks, planned ? units : 1);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = SharedBytes<S>(planned ? 0 : params.rows);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = params.begins_early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, &PagedDecodeMma<T, Kv, kHeadDim, kMTiles>, launch);
+  const dim3 grid(static_cast<unsigned>(planned ? params.max_items : params.blocks),
+                  static_cast<unsigned>(planned ? units : 1));
+  return LaunchDependent(stream, PagedDecodeMma<T, Kv, kHeadDim, kMTiles>, grid, dim3(kThreads),
+                         SharedBytes<S>(planned ? 0 : params.rows), launch);
 }
 
 template <class T, class Kv, int kHeadDim, int kMTiles>
@@ -60,9 +54,7 @@ int PrepareMma(bool* begins_early) {
   const int error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  cudaFuncAttributes attributes = {};
-  if (const int unknown = cudaFuncGetAttributes(&attributes, kernel); unknown != cudaSuccess) return unknown;
-  *begins_early = attributes.ptxVersion >= 90;  // what it was compiled from: before it, kernels cannot wait
+  *begins_early = CodeWaits();
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, DecodeMmaSharedBytes(kHeadDim));
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "attention/kernels/dependent_launch.cuh"
 #include "attention/kernels/divider.h"
 #include "attention/kernels/paged_decode.h"
 
@@ -68,16 +69,9 @@ __device__ inline long long HeadPlace(const DecodeLaunch& launch, int row, int k
          query * launch.group;
 }
 
-// A launch over a programmatic edge begins when all blocks of the kernel ahead have begun, with what needs no memory,
-// and with guesses: it reads page tables that may yet change, past the L1 cache, and asks for what they name. Before it
-// uses or writes anything it waits for that kernel's end. Elsewhere both are nothing: the launch was a plain one.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline void LetDependentsBegin() { cudaTriggerProgrammaticLaunchCompletion(); }
-__device__ inline void AwaitPredecessors() { cudaGridDependencySynchronize(); }
-#else
-__device__ inline void LetDependentsBegin() {}
-__device__ inline void AwaitPredecessors() {}
-#endif
+// Where the code waits (dependent_launch.cuh), a block begins with what needs no memory, and with guesses: it reads
+// page tables that may yet change, past the L1 cache, and asks for what they name. Before it uses or writes anything it
+// waits for the end of the kernel ahead.
 // May be read while it is written; two reads are never made one.
 struct FreshRead {
   __device__ int32_t operator()(const int32_t* at) const {
