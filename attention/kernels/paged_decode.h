@@ -37,7 +37,7 @@ struct PagedDecodeParams {
   int32_t window;      // positions seen, the query's own included; 0: all
   float scale_log2;    // scale * log2(e): scores are in base 2
   float soft_cap;      // of logits; 0: none
-  bool begins_early;   // over a programmatic edge, by kernels that wait for the kernel ahead (PagedDecodePrepare)
+  bool begins_early;   // guesses what it will read while it waits for the kernel ahead (PagedDecodePrepare)
 };
 
 constexpr int32_t kDecodeMaxGroup = 32;  // query heads of a KV head
@@ -94,8 +94,8 @@ template <class T, class Kv, int kHeadDim>
 int PagedDecodeHost(const PagedDecodeParams& params);
 template <class T, class Kv, int kHeadDim>
 int PagedDecodeCuda(CUstream_st* stream, const PagedDecodeParams& params);
-// Sets the kernels' shared memory limit on the current device, and `begins_early` to whether their code there may be
-// launched with it. Returns a cudaError_t.
+// Sets the kernels' shared memory limit on the current device, and `begins_early` to whether their code there waits
+// (dependent_launch.cuh). Returns a cudaError_t.
 template <class T, class Kv, int kHeadDim>
 int PagedDecodePrepare(bool* begins_early);
 
