@@ -370,10 +370,11 @@ std::string HelpText() {
       &text,
       "\nus_per_replay is the wall time from the replay call until the stream is idle: every step is waited for, as\n"
       "an engine must that reads its tokens back. With --overlap=on: until the step was seen to be done.\n"
-      "Exit codes: 0 ok; 1 usage: an option or a combination that nothing here can run, an unwritable report;\n"
-      "2 input: the trace; 3 violation: a refused plan, plan and conversion at odds, memory or values that break a\n"
-      "rule; 4 mismatch with the eager run or the truth; 5 device: absent, out of memory (the host's too), or a\n"
-      "failed call or kernel; 6 internal: a rule of this program's own was broken. 3 outranks 4.\n");
+      "PRISTINE_GDN_CHUNK_H_BV, _NUM_WARPS and _NUM_STAGES tune the prefill of --model=hybrid --dtype=bfloat16.\n"
+      "Exit codes: 0 ok; 1 usage: an option, a variable or a combination that nothing here can run, an unwritable\n"
+      "report; 2 input: the trace; 3 violation: a refused plan, plan and conversion at odds, memory or values that\n"
+      "break a rule; 4 mismatch with the eager run or the truth; 5 device: absent, out of memory (the host's too), or\n"
+      "a failed call or kernel; 6 internal: a rule of this program's own was broken. 3 outranks 4.\n");
   return text;
 }
 
