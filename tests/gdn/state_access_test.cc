@@ -257,6 +257,13 @@ TYPED_TEST(StateAccessTest, RefusesWhatDoesNotFit) {
     EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, view, out), kInvalidArgument, "gathered");
     EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, view, pool), kInvalidArgument, "gathered");
   }));
+  EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, gathered, this->indices_.template As<int32_t>()),
+                kInvalidArgument, "gathered_indices and cache_indices overlap");
+  other = pool;
+  other.slots = 5;
+  other.states = pool.states.Sub(static_cast<size_t>(pool.slot_stride) * 4, static_cast<size_t>(pool.slot_stride) * 20);
+  EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, other, out), kInvalidArgument, "gathered overlap");
+  EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, other, pool), kInvalidArgument, "gathered overlap");
   other = pool;
   other.dtype = DType::kFloat16;
   EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, gathered, other), kUnimplemented, "pool is float16");
