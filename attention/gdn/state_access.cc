@@ -1,5 +1,7 @@
 #include "pristine/attention/gdn/state_access.h"
 
+#include <functional>
+
 #include "absl/strings/str_cat.h"
 #include "attention/gdn/check.h"
 #include "attention/gdn/kernels/state_copy.h"
@@ -24,6 +26,11 @@ constexpr Kernel<StateCopyParams> Named(const char* name) {
 constexpr Kernel<StateCopyParams> kGather = Named("gdn_gather_states");
 constexpr Kernel<StateCopyParams> kScatter = Named("gdn_scatter_states");
 
+bool Overlap(DeviceSpan<const std::byte> a, DeviceSpan<const std::byte> b) {
+  const std::less<const std::byte*> before;
+  return before(a.address(), b.address() + b.size()) && before(b.address(), a.address() + a.size());
+}
+
 absl::Status Check(const char* op, int32_t rows, DeviceSpan<const int32_t> cache_indices, const StateView& pool,
                    const StateView& gathered, StateCopyParams& params) {
   constexpr int32_t kMaxRows = 65535;  // of a grid's y
@@ -34,6 +41,9 @@ absl::Status Check(const char* op, int32_t rows, DeviceSpan<const int32_t> cache
   PRISTINE_RETURN_IF_ERROR(CheckStates(op, "gathered", gathered, pool.v_heads, rows));
   PRISTINE_RETURN_IF_ERROR(CheckTensor(op, "cache_indices", cache_indices.address(), cache_indices.bytes(),
                                        sizeof(int32_t), rows, sizeof(int32_t)));
+  if (Overlap(pool.states, gathered.states)) {
+    return absl::InvalidArgumentError(absl::StrCat(op, ": pool and gathered overlap, must be memory of their own"));
+  }
   params.pool = pool.states.address();
   params.gathered = gathered.states.address();
   params.cache_indices = cache_indices.address();
@@ -62,6 +72,10 @@ absl::Status GatherStates(Stream& stream, int32_t rows, DeviceSpan<const int32_t
   PRISTINE_RETURN_IF_ERROR(Check(kGather.name, rows, cache_indices, pool, gathered, params));
   PRISTINE_RETURN_IF_ERROR(CheckTensor(kGather.name, "gathered_indices", gathered_indices.address(),
                                        gathered_indices.bytes(), sizeof(int32_t), rows, sizeof(int32_t)));
+  if (Overlap(AsBytes(gathered_indices), AsBytes(cache_indices))) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(kGather.name, ": gathered_indices and cache_indices overlap, must be memory of their own"));
+  }
   params.gathered_indices = gathered_indices.address();
   return Launch(stream, kGather, params);
 }

@@ -91,6 +91,9 @@ ConvStateView StatePool::conv_view(int32_t layer) const {
 }
 
 absl::StatusOr<Slot> StatePool::Allocate(Stream& stream) {
+  if (stream.capturing()) {  // every replay would zero the slot, whoever has it by then
+    return absl::FailedPreconditionError("state pool: the stream is capturing; allocate slots outside of captures");
+  }
   if (free_.empty()) {
     return absl::ResourceExhaustedError(absl::StrCat("state pool: all ", view_.slots - 1, " slots are taken"));
   }

@@ -1,7 +1,9 @@
 #include "examples/replay_driver/driver.h"
 
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <new>
 #include <system_error>
 
@@ -12,10 +14,21 @@
 #include "examples/replay_driver/session.h"
 #include "examples/replay_driver/spec_session.h"
 #include "examples/replay_driver/trace.h"
+#include "pristine/attention/gdn/prefill.h"
+#include "pristine/attention/gdn/tuning.h"
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine::replay_driver {
 namespace {
+
+// What the environment asks of kernels is known before anything runs, as an option is.
+absl::Status CheckEnvironment(const Options& options) {
+  namespace gdn = attention::gdn;
+  if (options.model != ModelKind::kHybrid || options.dtype != attention::DType::kBFloat16) return absl::OkStatus();
+  const gdn::TunableKernel kernel = gdn::PrefillStateKernel();
+  PRISTINE_ASSIGN_OR_RETURN(const gdn::GdnTuning tuning, gdn::GdnTuningFromEnvironment(kernel.compiled));
+  return gdn::CheckTuning(tuning, kernel, std::numeric_limits<int64_t>::max());
+}
 
 // Of a run that could not go on.
 ExitCode ExitCodeOf(const absl::Status& status) {
@@ -140,6 +153,8 @@ ExitCode RunDriver(const std::vector<std::string>& args, const Environment& envi
     environment.out << HelpText();
     return ExitCode::kOk;
   }
+  const absl::Status environment_status = CheckEnvironment(*options);
+  if (!environment_status.ok()) return fail(ExitCode::kUsage, std::string(environment_status.message()));
   OutputFile files[] = {{"report", options->report}, {"html", options->html}, {"flight-json", options->flight_json}};
   auto& [report_file, html_file, flight_file] = files;
   for (OutputFile& file : files) {

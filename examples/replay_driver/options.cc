@@ -128,9 +128,10 @@ std::vector<OptionSpec> Specs() {
       Choice("model", "attention|hybrid",
              "hybrid: three gated delta net layers in front of each attention layer, states by slot (attention)",
              &Options::model, {{"attention", ModelKind::kAttention}, {"hybrid", ModelKind::kHybrid}}),
-      Number("gdn-qk-heads", "N", "query and key heads, of 128, of a gated delta net layer (1)", &Options::gdn_qk_heads,
-             1, 64),
-      Number("gdn-v-heads", "N", "value heads, of 128, of a gated delta net layer (2)", &Options::gdn_v_heads, 1, 256),
+      Number("gdn-qk-heads", "N", "with --model=hybrid: query and key heads, of 128, of a gated delta net layer (1)",
+             &Options::gdn_qk_heads, 1, 64),
+      Number("gdn-v-heads", "N", "with --model=hybrid: value heads, of 128, of a gated delta net layer (2)",
+             &Options::gdn_v_heads, 1, 256),
       Choice("dtype", "float32|bfloat16", "of Q, K, V and outputs (float32)", &Options::dtype,
              {{"float32", attention::DType::kFloat32}, {"bfloat16", attention::DType::kBFloat16}}),
       Number("heads", "N", "query heads (4)", &Options::heads, 1, 1024),
@@ -242,17 +243,25 @@ absl::Status CheckSpec(const Options& o) {
 
 // What --model=hybrid goes with.
 absl::Status CheckHybrid(const Options& o) {
+  const Options unset;
+  if (o.model != ModelKind::kHybrid) {
+    const char* const given = o.gdn_qk_heads != unset.gdn_qk_heads ? "--gdn-qk-heads"
+                              : o.gdn_v_heads != unset.gdn_v_heads ? "--gdn-v-heads"
+                                                                   : nullptr;
+    if (given == nullptr) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(given, ": expected --model=hybrid with it"));
+  }
   if (o.gdn_v_heads % o.gdn_qk_heads != 0) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--gdn-v-heads=", o.gdn_v_heads, ": expected a multiple of --gdn-qk-heads, which is ", o.gdn_qk_heads));
   }
   const int64_t state = int64_t{kGdnPerAttention} * o.layers * o.gdn_v_heads * attention::gdn::kStateElements;
-  if (o.model == ModelKind::kHybrid && state > int64_t{1} << 31) {
+  if (state > int64_t{1} << 31) {
     return absl::InvalidArgumentError(
         absl::StrCat("--layers=", o.layers, " with --model=hybrid and --gdn-v-heads=", o.gdn_v_heads,
                      ": expected a state of at most 2^31 values for each request, which would have ", state));
   }
-  if (o.model == ModelKind::kHybrid && o.inject != Injection::kNone) {
+  if (o.inject != Injection::kNone) {
     return absl::InvalidArgumentError(
         absl::StrCat("--inject=", ToString(o.inject),
                      " with --model=hybrid: expected none; a step that is tried twice would move states on twice"));
@@ -361,10 +370,11 @@ std::string HelpText() {
       &text,
       "\nus_per_replay is the wall time from the replay call until the stream is idle: every step is waited for, as\n"
       "an engine must that reads its tokens back. With --overlap=on: until the step was seen to be done.\n"
-      "Exit codes: 0 ok; 1 usage: an option or a combination that nothing here can run, an unwritable report;\n"
-      "2 input: the trace; 3 violation: a refused plan, plan and conversion at odds, memory or values that break a\n"
-      "rule; 4 mismatch with the eager run or the truth; 5 device: absent, out of memory (the host's too), or a\n"
-      "failed call or kernel; 6 internal: a rule of this program's own was broken. 3 outranks 4.\n");
+      "PRISTINE_GDN_CHUNK_H_BV, _NUM_WARPS and _NUM_STAGES tune the prefill of --model=hybrid --dtype=bfloat16.\n"
+      "Exit codes: 0 ok; 1 usage: an option, a variable or a combination that nothing here can run, an unwritable\n"
+      "report; 2 input: the trace; 3 violation: a refused plan, plan and conversion at odds, memory or values that\n"
+      "break a rule; 4 mismatch with the eager run or the truth; 5 device: absent, out of memory (the host's too), or\n"
+      "a failed call or kernel; 6 internal: a rule of this program's own was broken. 3 outranks 4.\n");
   return text;
 }
 

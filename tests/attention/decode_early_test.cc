@@ -36,11 +36,12 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
     captured_.reset();
     arena_ = {};
     staged_ = {};
+    behind_ = {};
     DecodeRigTest<BackendT>::TearDown();
   }
 
-  // Room for the largest of `steps` in one arena, and a graph of two nodes: the late copy of all that decode reads, and
-  // decode.
+  // Room for the largest of `steps` in one arena, and a graph of three nodes: the late copy of all that decode reads,
+  // decode, and a reader that begins early itself: were decode to end before the copy, it would not see the copy.
   absl::Status Build(const std::vector<DecodeCase>& steps, DecodeScheduler scheduler) {
     const DecodeCase& first = steps[0];
     rows_ = first.rows();
@@ -53,6 +54,7 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
     PRISTINE_RETURN_IF_ERROR(this->Prepare(first, options));
     PRISTINE_ASSIGN_OR_RETURN(arena_, this->device_->Allocate(Bytes(first), "arena"));
     PRISTINE_ASSIGN_OR_RETURN(staged_, this->device_->Allocate(Bytes(first), "staged"));
+    PRISTINE_ASSIGN_OR_RETURN(behind_, this->device_->Allocate(Bytes(first), "behind"));
     const DeviceSpan<const std::byte> all = arena_.template As<const std::byte>();
     const DeviceSpan<const int32_t> ints = arena_.template As<const int32_t>();
     attention::DecodeTensors& tensors = this->rig_->tensors;
@@ -80,7 +82,9 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
                                                      .count = static_cast<int64_t>(to.size()),
                                                      .nanoseconds = 200'000}));
     }
-    return this->rig_->decode().Run(stream, {rows_, rows_ * q_len_}, this->rig_->tensors);
+    PRISTINE_RETURN_IF_ERROR(this->rig_->decode().Run(stream, {rows_, rows_ * q_len_}, this->rig_->tensors));
+    return Launch(stream, kNextCopy,
+                  {behind_.template As<int32_t>().address(), to.address(), static_cast<int64_t>(to.size())});
   }
 
   // Runs the step with `before` in the arena as decode finds it when it comes early. "" if the result is the step's.
@@ -93,6 +97,9 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
       PRISTINE_RETURN_IF_ERROR(Upload(*this->stream_, staged_.template As<int32_t>(), Contents(step)));
       PRISTINE_RETURN_IF_ERROR(Upload(*this->stream_, arena_.template As<int32_t>(), before));
       PRISTINE_RETURN_IF_ERROR(replayed ? graph_->Launch(*this->stream_) : Body(*this->stream_));
+      PRISTINE_ASSIGN_OR_RETURN(const std::vector<int32_t> behind,
+                                Download(*this->stream_, behind_.template As<int32_t>()));
+      if (behind != Contents(step)) return absl::InternalError("the kernel behind decode saw what was there before");
       return this->rig_->ReadBack();
     }();
     return status.ok() ? this->rig_->Check(rows_, step, rows_) : status.ToString();
@@ -125,7 +132,7 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
 
   int32_t rows_ = 0;
   size_t pages_ = 0, pool_ = 0;  // the most of a step: pages, and bytes of K
-  DeviceBuffer arena_, staged_;
+  DeviceBuffer arena_, staged_, behind_;
   std::unique_ptr<Graph> captured_;
   std::unique_ptr<GraphExec> graph_;
 };
@@ -140,10 +147,12 @@ TYPED_TEST(DecodeEarlyTest, WhatTheKernelAheadWritesLateIsWhatDecodeReads) {
               .dtype = DType::kBFloat16, .page_size = 24, .seed = 1120, .q_len = 9, .kv_dtype = DType::kFloat8E4M3},
           DecodeShape{.seed = 1130}}) {
       this->q_len_ = shape.q_len;
-      const std::vector<DecodeCase> steps = {
-          DecodeCase(shape, {200, 0, 64, 33}, {180, -1, 63, 0}), DecodeCase(shape, {65, 129, 0, 250}, {64, 0, -1, 249}),
-          DecodeCase(shape, {1, 1, 1, 1}, {-1, -1, -1, -1}), DecodeCase(shape, {256, 256, 256, 256}, {255, 0, 128, 64}),
-          DecodeCase(shape, {256, 257, 256, 256}, {255, 256, 128, 64})};
+      const std::vector<DecodeCase> steps = {DecodeCase(shape, {200, 0, 64, 33}, {180, -1, 63, 0}),
+                                             DecodeCase(shape, {65, 129, 0, 250}, {64, 0, -1, 249}),
+                                             DecodeCase(shape, {1, 1, 1, 1}, {-1, -1, -1, -1}),
+                                             DecodeCase(shape, {0, 0, 0, 0}, {-1, -1, -1, -1}),
+                                             DecodeCase(shape, {256, 256, 256, 256}, {255, 0, 128, 64}),
+                                             DecodeCase(shape, {256, 257, 256, 256}, {255, 256, 128, 64})};
       ASSERT_OK(this->Build(steps, scheduler));
       for (const bool replayed : {false, true}) {
         for (size_t i = 0; i < steps.size(); ++i) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -120,6 +121,17 @@ TEST_P(Hybrid, WhatItDoesNotGoWithIsUsage) {
   EXPECT_EQ(heads.code, ExitCode::kUsage);
   EXPECT_NE(heads.err.find("--gdn-v-heads=3: expected a multiple of --gdn-qk-heads, which is 2"), std::string::npos)
       << heads.err;
+}
+
+TEST_P(Hybrid, ATuningVariableThatNothingIsCompiledForIsUsageWhereItCounts) {
+  for (const char* const value : {"7", "many"}) {
+    ASSERT_EQ(setenv("PRISTINE_GDN_CHUNK_H_BV", value, 1), 0);
+    const DriverResult tuned = Serve({"--dtype=bfloat16"}), other = Serve({});
+    ASSERT_EQ(unsetenv("PRISTINE_GDN_CHUNK_H_BV"), 0);
+    EXPECT_EQ(tuned.code, ExitCode::kUsage);
+    EXPECT_NE(tuned.err.find("PRISTINE_GDN_CHUNK_H_"), std::string::npos) << tuned.err;
+    EXPECT_EQ(other.code, ExitCode::kOk) << other.err;  // float32 has no prefill
+  }
 }
 
 #ifdef PRISTINE_HAS_CUDA

@@ -130,6 +130,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{{"--inject=misroute"}, "--inject=misroute: expected --spec=T with it"},
         BadCase{{"--draft-extend=fixed"}, "--draft-extend: expected --spec=T with it"},
         BadCase{{"--accept=all"}, "--accept: expected --spec=T with it"},
+        BadCase{{"--gdn-qk-heads=2"}, "--gdn-qk-heads: expected --model=hybrid with it"},
+        BadCase{{"--gdn-v-heads=6"}, "--gdn-v-heads: expected --model=hybrid with it"},
         BadCase{{"--compare-eager=-1"}, "--compare-eager=-1: expected an integer in [0,"}));
 
 }  // namespace

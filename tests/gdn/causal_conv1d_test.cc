@@ -506,6 +506,7 @@ TYPED_TEST(CausalConv1dTest, RefusesWhatDoesNotFit) {
   EXPECT_STATUS(CausalConv1d(stream, 6, this->Sequences(3), inputs, states, outputs), kInvalidArgument,
                 "cu_seqlens has 3 elements, needs 4");
   EXPECT_OK(CausalConv1d(stream, 0, sequences, inputs, states, outputs));
+  EXPECT_OK(CausalConv1d(stream, 0, sequences, inputs, states, {}));
   bad = inputs;
   bad.weight = bad.weight.Sub(0, 8188);
   EXPECT_STATUS(CausalConv1d(stream, 6, sequences, bad, states, outputs), kInvalidArgument,

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "attention/gdn/kernels/prefill.h"
 #include "pristine/attention/gdn/recurrent.h"
+#include "pristine/attention/gdn/state_access.h"
 #include "pristine/graph_runtime/graph.h"
 #include "tests/gdn/prefill_rig.h"
 
@@ -67,6 +68,38 @@ TEST(PrefillShape, FollowsBucketAndDevice) {
   EXPECT_EQ(PrefillVParts(3, 64, 132), 2);
   EXPECT_EQ(PrefillHeadsPerBlock(33, 16, 2, 132), 2);
   EXPECT_EQ(PrefillHeadsPerBlock(32, 16, 2, 132), 1);
+}
+
+// In the pool, by slot; and on states that were gathered, with row numbers for slots, and scattered back.
+TYPED_TEST(PrefillTest, InPlaceAndOnGatheredStatesTheBitsAreTheSame) {
+  for (const DType state : {DType::kFloat32, DType::kBFloat16}) {
+    constexpr int32_t kRequests = 4, kHeads = 2;
+    this->Make({1, kHeads, {kRequests, 150}, state}, 5, 31);
+    const std::vector<Slot> slots = {2, 5, 4};  // the last request is padded
+    this->Upload({.lengths = {70, 0, 64}, .initial = slots, .final = slots});
+    ASSERT_OK(this->Run(*this->stream_));
+    ASSERT_OK_AND_ASSIGN(const Bytes out, ReadBytes(*this->stream_, this->out_.bytes()));
+    ASSERT_OK_AND_ASSIGN(const Bytes states, ReadBytes(*this->stream_, this->pool_->view().states));
+    EXPECT_FALSE(states == this->state_bytes_);
+
+    this->ResetOutputs();
+    ASSERT_OK_AND_ASSIGN(const Tensor memory,
+                         MakeTensor(*this->device_, *this->stream_, state,
+                                    std::vector<double>(kRequests * kHeads * kStateElements, NAN)));
+    ASSERT_OK_AND_ASSIGN(const DeviceBuffer rows, this->device_->Allocate(kRequests * sizeof(Slot), "rows"));
+    const StateView pool = this->pool_->view();
+    const StateView gathered = {state, kHeads, kRequests, kHeads * kStateElements, memory.bytes(), PaddedRows::kSkip};
+    const DeviceSpan<const Slot> of_pool = this->initial_.template As<const Slot>();
+    ASSERT_OK(GatherStates(*this->stream_, kRequests, of_pool, pool, gathered, rows.As<Slot>()));
+    PrefillTensors tensors = this->Tensors();
+    tensors.initial_slots = tensors.final_slots = rows.As<const Slot>();
+    ASSERT_OK(this->prefill_->Run(*this->stream_, this->shape_.bucket, tensors, gathered));
+    ASSERT_OK(ScatterStates(*this->stream_, kRequests, of_pool, gathered, pool));
+    ASSERT_OK_AND_ASSIGN(const Bytes got, ReadBytes(*this->stream_, this->out_.bytes()));
+    EXPECT_TRUE(got == out);
+    ASSERT_OK_AND_ASSIGN(const Bytes after, ReadBytes(*this->stream_, pool.states));
+    EXPECT_TRUE(after == states);
+  }
 }
 
 TYPED_TEST(PrefillTest, IsTheFormulaForEveryHeadRatioAndLength) {

@@ -137,6 +137,48 @@ TYPED_TEST(StateAccessTest, DecodeGivesTheSameResultsBothWays) {
   }
 }
 
+TYPED_TEST(StateAccessTest, VerifyAndCommitGiveTheSameBitsBothWays) {
+  for (const DType state : {DType::kFloat32, DType::kBFloat16}) {
+    this->Make(state, state);
+    constexpr int32_t rows = TestFixture::kRows, heads = TestFixture::kHeads, tokens = 3;
+    ASSERT_OK_AND_ASSIGN(const Layer layer, MakeLayer(*this->device_, *this->stream_, DType::kBFloat16, 1, heads,
+                                                      rows * tokens, true, this->random_));
+    ASSERT_OK_AND_ASSIGN(const Tensor out, MakeTensor(*this->device_, *this->stream_, DType::kBFloat16,
+                                                      std::vector<double>(rows * tokens * heads * 128, NAN)));
+    ASSERT_OK_AND_ASSIGN(const DeviceBuffer accepted, this->device_->Allocate(rows * sizeof(int32_t), "accepted"));
+    const int32_t counts[rows] = {3, 0, 1, 2, 3};
+    ASSERT_OK(this->stream_->CopyFromHost(accepted.As<std::byte>(),
+                                          {reinterpret_cast<const std::byte*>(counts), sizeof(counts)}));
+    this->SetIndices({4, 1, -1, 6, 2});
+    const StateView pool = this->pool_->view(), gathered = this->Gathered();
+    RecurrentInputs inputs = {.qk_heads = 1,
+                              .q = layer.Part(0),
+                              .k = layer.Part(128),
+                              .v = layer.Part(256),
+                              .gates = layer.gates(),
+                              .cache_indices = this->indices_.template As<const int32_t>()};
+    const auto round = [&](const RecurrentInputs& at, const StateView& states) -> absl::Status {
+      PRISTINE_RETURN_IF_ERROR(Verify(*this->stream_, rows, tokens, at, states, out.bytes()));
+      return Commit(*this->stream_, rows, tokens, at, states, accepted.As<const int32_t>());
+    };
+    ASSERT_OK(round(inputs, pool));
+    ASSERT_OK_AND_ASSIGN(const Bytes expected, ReadBytes(*this->stream_, out.bytes()));
+    const Bytes states = this->States();
+    EXPECT_FALSE(states == this->pool_bytes_);
+    this->Reset();
+    ASSERT_OK(this->stream_->Fill(out.bytes(), std::byte{0xFF}));
+    const DeviceSpan<const int32_t> slots = inputs.cache_indices;
+    ASSERT_OK(
+        GatherStates(*this->stream_, rows, slots, pool, gathered, this->gathered_indices_.template As<int32_t>()));
+    inputs.cache_indices = this->gathered_indices_.template As<const int32_t>();
+    ASSERT_OK(round(inputs, gathered));
+    ASSERT_OK(ScatterStates(*this->stream_, rows, slots, gathered, pool));
+    ASSERT_OK_AND_ASSIGN(const Bytes got, ReadBytes(*this->stream_, out.bytes()));
+    EXPECT_TRUE(got == expected);
+    EXPECT_TRUE(this->States() == states);
+  }
+}
+
 TYPED_TEST(StateAccessTest, CopiesRoundAndLeavePaddedRowsAlone) {
   for (const DType pool : {DType::kFloat32, DType::kBFloat16}) {
     for (const DType gathered : {DType::kFloat32, DType::kBFloat16}) {
@@ -215,6 +257,13 @@ TYPED_TEST(StateAccessTest, RefusesWhatDoesNotFit) {
     EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, view, out), kInvalidArgument, "gathered");
     EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, view, pool), kInvalidArgument, "gathered");
   }));
+  EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, gathered, this->indices_.template As<int32_t>()),
+                kInvalidArgument, "gathered_indices and cache_indices overlap");
+  other = pool;
+  other.slots = 5;
+  other.states = pool.states.Sub(static_cast<size_t>(pool.slot_stride) * 4, static_cast<size_t>(pool.slot_stride) * 20);
+  EXPECT_STATUS(GatherStates(*this->stream_, 5, indices, pool, other, out), kInvalidArgument, "gathered overlap");
+  EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, other, pool), kInvalidArgument, "gathered overlap");
   other = pool;
   other.dtype = DType::kFloat16;
   EXPECT_STATUS(ScatterStates(*this->stream_, 5, indices, gathered, other), kUnimplemented, "pool is float16");

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pristine/buffers/buffer_manager.h"
+#include "pristine/graph_runtime/graph.h"
 #include "tests/gdn/gdn_rig.h"
 #include "tests/support/backends.h"
 #include "tests/support/status_matchers.h"
@@ -46,6 +47,17 @@ TYPED_TEST(StatePoolTest, NeverHandsOutSlotZeroAndZeroesWhatItHandsOut) {
   ASSERT_OK_AND_ASSIGN(const Slot again, pool->Allocate(*this->stream_));
   EXPECT_EQ(again, 2);
   ASSERT_OK(this->stream_->Synchronize());  // the pool outlives what is queued for it
+}
+
+// In a capture the zeroing would become a node, and every replay would zero a slot that is someone's.
+TYPED_TEST(StatePoolTest, HandsOutNothingInACapture) {
+  ASSERT_OK_AND_ASSIGN(std::unique_ptr<StatePool> pool, StatePool::Create(*this->device_, DType::kBFloat16, 2, 3));
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Graph> graph, Capture(*this->stream_, [&](Stream& stream) {
+                         EXPECT_STATUS(pool->Allocate(stream), kFailedPrecondition, "the stream is capturing");
+                         return absl::OkStatus();
+                       }));
+  EXPECT_TRUE(graph->nodes().empty());
+  EXPECT_EQ(pool->free_slots(), 3);
 }
 
 // sglang #36880: -1 became a slot that a live request owned.

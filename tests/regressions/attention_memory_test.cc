@@ -1,6 +1,4 @@
 // Bugs of attention kernels that read what they must not, or wrote where 32 bits wrapped.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -12,6 +10,7 @@
 #include "tests/attention/prefill_rig.h"
 #include "tests/support/backends.h"
 #include "tests/support/status_matchers.h"
+#include "tests/support/vast_memory.h"
 
 namespace pristine::testing {
 namespace {
@@ -39,7 +38,7 @@ class AttentionMemoryRegression : public DeviceTest<BackendT> {
   void TearDown() override {
     rig_.reset();
     memory_.clear();
-    for (const auto& [address, bytes] : mapped_) munmap(address, bytes);
+    vast_.Clear();
     DeviceTest<BackendT>::TearDown();
   }
   template <class T>
@@ -50,26 +49,17 @@ class AttentionMemoryRegression : public DeviceTest<BackendT> {
     EXPECT_OK(Upload(*this->stream_, memory_.back().template As<T>(), values));
     return memory_.back().template As<T>();
   }
-  // More than 4 GB: on Host address space of which only what is written becomes memory. Empty: there is none.
+  // Empty: there is none.
   DeviceSpan<std::byte> Vast(size_t bytes) {
-    if (this->device_->backend() == Backend::kHost) {
-      void* const address =
-          mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (address == MAP_FAILED) return {};
-      mapped_.emplace_back(address, bytes);
-      return {static_cast<std::byte*>(address), bytes};
-    }
-    absl::StatusOr<DeviceBuffer> buffer = this->device_->Allocate(bytes, "vast");
-    if (absl::IsResourceExhausted(buffer.status())) return {};
-    EXPECT_OK(buffer);
-    memory_.push_back(*std::move(buffer));
-    EXPECT_OK(this->stream_->Fill(memory_.back().template As<std::byte>(), std::byte{0}));
-    return memory_.back().template As<std::byte>();
+    absl::StatusOr<DeviceSpan<std::byte>> span = vast_.Get(*this->stream_, bytes);
+    if (absl::IsResourceExhausted(span.status())) return {};
+    EXPECT_OK(span);
+    return span.ok() ? *span : DeviceSpan<std::byte>();
   }
 
   std::unique_ptr<DecodeRig> rig_;
   std::vector<DeviceBuffer> memory_;
-  std::vector<std::pair<void*, size_t>> mapped_;
+  VastMemory vast_;
 };
 TYPED_TEST_SUITE(AttentionMemoryRegression, AllBackends, BackendNames);
 

@@ -46,6 +46,10 @@ struct LateCopyParams {
 int LateCopyHost(const LateCopyParams& p);
 int LateCopyCuda(CUstream_st* stream, const LateCopyParams& p);
 
+// The same as CopyInts, but launched over a programmatic edge: it begins early where the kernel ahead of it lets it,
+// and copies once that one has ended.
+int NextCopyCuda(CUstream_st* stream, const CopyIntsParams& p);
+
 // Returns once *flag != 0, or after 20 s: a test that forgets the flag fails instead of hanging.
 struct SpinParams {
   int* flag;  // pinned memory
@@ -93,6 +97,9 @@ inline constexpr Kernel<CopyIntsParams> kCopyInts{
 inline constexpr Kernel<LateCopyParams> kLateCopy{
     "late_copy", LateCopyHost, PRISTINE_CUDA(LateCopyCuda),
     [](const LateCopyParams& p, WriteList& writes) { writes.Add(p.to, p.count * sizeof(int)); }};
+inline constexpr Kernel<CopyIntsParams> kNextCopy{
+    "next_copy", CopyIntsHost, PRISTINE_CUDA(NextCopyCuda),
+    [](const CopyIntsParams& p, WriteList& writes) { writes.Add(p.to, p.count * sizeof(int)); }};
 inline constexpr Kernel<SpinParams> kSpin{"spin", SpinHost, PRISTINE_CUDA(SpinCuda), WritesNothing<SpinParams>};
 inline constexpr Kernel<FailParams> kFail{"fail", FailHost, PRISTINE_CUDA(FailCuda), WritesNothing<FailParams>};
 inline constexpr Kernel<TrapParams> kTrap{"trap", TrapHost, PRISTINE_CUDA(TrapCuda), WritesNothing<TrapParams>};

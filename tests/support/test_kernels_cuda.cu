@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "attention/kernels/dependent_launch.cuh"
 #include "tests/support/test_kernels.h"
 
 namespace pristine::testing {
@@ -20,24 +21,29 @@ __global__ void AddOneKernel(AddOneParams p) {
 
 __global__ void SetValueKernel(SetValueParams p) { p.values[p.index] = p.value; }
 
-__global__ void CopyIntsKernel(CopyIntsParams p) {
+__device__ void CopyAll(int* to, const int* from, int64_t count) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += stride) {
-    p.to[i] = p.from[i];
-  }
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) to[i] = from[i];
+}
+
+__global__ void CopyIntsKernel(CopyIntsParams p) { CopyAll(p.to, p.from, p.count); }
+
+// Waits by itself: what shows that others wait must not rest on how they do it.
+__global__ void NextCopyKernel(CopyIntsParams p) {
+#if __CUDA_ARCH__ >= 900  // before it, programmatic edges are plain ones
+  cudaGridDependencySynchronize();
+#endif
+  CopyAll(p.to, p.from, p.count);
 }
 
 __global__ void LateCopyKernel(LateCopyParams p) {
-#if __CUDA_ARCH__ >= 900  // before it, programmatic edges are plain ones
+#if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
   const unsigned long long end = Now() + static_cast<unsigned long long>(p.nanoseconds);
   while (Now() < end) {
   }
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += stride) {
-    p.to[i] = p.from[i];
-  }
+  CopyAll(p.to, p.from, p.count);
 }
 
 __global__ void SpinKernel(SpinParams p) {
@@ -79,6 +85,10 @@ int CopyIntsCuda(CUstream_st* stream, const CopyIntsParams& p) {
 int LateCopyCuda(CUstream_st* stream, const LateCopyParams& p) {
   LateCopyKernel<<<4, kThreads, 0, stream>>>(p);
   return cudaGetLastError();
+}
+
+int NextCopyCuda(CUstream_st* stream, const CopyIntsParams& p) {
+  return attention::LaunchDependent(stream, NextCopyKernel, dim3(4), dim3(kThreads), 0, p);
 }
 
 int SpinCuda(CUstream_st* stream, const SpinParams& p) {

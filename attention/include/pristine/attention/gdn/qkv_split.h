@@ -33,7 +33,8 @@ struct QkvSplitTensors {
   DeviceSpan<float> beta = {};  // [tokens, v_heads]
 };
 
-// Queues one kernel over the first `tokens` rows (none: 0); captureable. Blocking, threads and lifetimes: as Gates.
+// Queues one kernel over the first `tokens` rows (none: 0); captureable. Outputs must not overlap inputs. Blocking,
+// threads and lifetimes: as Gates.
 // INVALID_ARGUMENT: `tokens` below 0, a dimension below 1, a tensor too small, null or misaligned, strides that are
 // below 1, above 2^31 or put two elements at one place, a norm_head_dim that is not offered. UNIMPLEMENTED: a dtype
 // other than float32 and bfloat16.

@@ -34,7 +34,8 @@ StateAccessPolicy ChooseStateAccess(const DeviceCaps& caps, DType state_dtype, A
 // Each queues one kernel, captureable, whose grid follows from rows and heads alone; blocking, threads and lifetimes:
 // as Gates. `gathered` is a StateView of at least `rows` slots with the pool's heads; row r's state is its slot r.
 // Where the dtypes differ, values are rounded. INVALID_ARGUMENT: rows below 1 or above 65535, a view that does not fit
-// its memory or the other's heads, too few slots or indices. UNIMPLEMENTED: a dtype other than float32 and bfloat16.
+// its memory or the other's heads, too few slots or indices, states or indices that overlap. UNIMPLEMENTED: a dtype
+// other than float32 and bfloat16.
 
 // Copies the state of slot cache_indices[r] to row r, and writes r to gathered_indices[r], or -1 for a padded row,
 // whose state in `gathered` stays as it was (under PaddedRows::kClampToZero: that of slot 0, and r). An op on

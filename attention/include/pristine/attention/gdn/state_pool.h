@@ -72,8 +72,8 @@ class StatePool {
                                                            const StatePoolOptions& options = {});
 
   // Hands out a free slot and queues its zeroing on `stream`, all layers and both states: the stream that its steps run
-  // on, or one that they wait for, and not in a capture. Does not block or allocate memory. RESOURCE_EXHAUSTED: all are
-  // taken. Codes of Stream::Fill; the slot is free then.
+  // on, or one that they wait for. Does not block or allocate memory. FAILED_PRECONDITION: the stream is capturing:
+  // every replay would zero the slot. RESOURCE_EXHAUSTED: all are taken. Codes of Stream::Fill; the slot is free then.
   absl::StatusOr<Slot> Allocate(Stream& stream);
   // Work queued for the slot may still run; what is queued later must not name it. INVALID_ARGUMENT: a slot that is not
   // handed out, 0 and -1 included.
