@@ -155,6 +155,28 @@ struct QueryKey {
   float kq;  // of the normalised
 };
 
+// Asks L2 for a state while the kernel ahead may still run: between that one's end and the first bytes of a state that
+// is looked up only then, the memory has nothing to do for a microsecond. Only a hint, of an index that may change
+// until then: it is read again behind the wait, and so is the state, from L2, which has what the kernel ahead has
+// written. bytes: of the block, that start `first` behind the slot's.
+template <class State>
+__device__ void HintState(const RecurrentParams& p, int64_t row, int64_t first, int bytes) {
+  int32_t index;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(index) : "l"(p.cache_indices + row));
+  const int at = static_cast<int>(threadIdx.x) * 128;
+  if (index < 0 || index >= p.slots || at >= bytes) return;
+  const State* const state = static_cast<const State*>(p.states) + index * p.slot_stride + first;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(state) + at));
+}
+
+// Whether the block is one of the first, of as many to a multiprocessor as find a place while the kernel ahead ends.
+// More of them ask for so much that it is dropped again.
+__device__ bool BeginsEarly() {
+  unsigned processors;
+  asm("mov.u32 %0, %%nsmid;" : "=r"(processors));
+  return blockIdx.y * gridDim.x + blockIdx.x < 6 * processors;
+}
+
 // kRows: V rows of a thread. With 64 bytes of the state to a thread, a token at most.
 template <class T, class State, int kRows, bool kVectors>
 __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8)
@@ -170,6 +192,14 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
   const int own_v = first_v + lane * kHalves;                                          // of lanes below kRows
   const int64_t out_row = int64_t{p.v_heads} * kDim;
   T* const out = static_cast<T*>(p.out);
+  if constexpr (kRows == kDecodeRows<State>) {
+    constexpr int kBlockRows = kWarpRows * (kThreads / 32);
+    static_assert(kThreads * 128 >= kBlockRows * kDim * static_cast<int>(sizeof(State)));
+    if (BeginsEarly()) {
+      const int64_t first = (int64_t{head} * kDim + part * kBlockRows) * kDim;
+      HintState<State>(p, row, first, kBlockRows * kDim * static_cast<int>(sizeof(State)));
+    }
+  }
   WaitForStream();
 
   const int32_t index = p.cache_indices[row];
@@ -185,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
   if (tokens == 0) return;
   State* const state = static_cast<State*>(p.states) + (padded ? 0 : index) * p.slot_stride +
                        static_cast<int64_t>(head) * kDim * kDim + first_v * kDim;
+  if (kRows == kDecodeRows<State>) LetNextBegin();  // for its hints
   Words words[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -227,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
     qk = QueryKey<State>(p, in);
   }
 
-  LetNextBegin();
+  if (kRows != kDecodeRows<State>) LetNextBegin();
   if (!p.store || padded) return;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
