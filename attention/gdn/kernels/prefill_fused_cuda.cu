@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) GdnPrefillKernel(const __grid_con
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(&shared.loaded[i], kGroup);
       InitBarrier(&shared.full[i], kGroup);
-      InitBarrier(&shared.empty[i], kConsumers * 4);
+      InitBarrier(&shared.empty[i], kConsumers * kGroup);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }

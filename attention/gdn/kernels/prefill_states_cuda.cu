@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1) GdnPrefillStatesKernel(const __gr
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(&shared.full[i], kGroup + 1);  // each producer thread, and the copy that one of them expects
-      InitBarrier(&shared.empty[i], 4);
+      InitBarrier(&shared.empty[i], kGroup);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }

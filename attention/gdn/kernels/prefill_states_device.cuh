@@ -274,9 +274,7 @@ __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpa
         *reinterpret_cast<uint4*>(to) = values;
       }
     }
-    __syncwarp();
-    // For the warp: its lanes' reads come before by __syncwarp. racecheck does not follow that, and reports them.
-    if (lane == 0) Arrive(&shared.empty[st]);
+    Arrive(&shared.empty[st]);  // each lane for its own reads
   }
 
   const int32_t slot = p.final_slots[sequence];
