@@ -62,10 +62,10 @@ PRISTINE_HOST_DEVICE constexpr int32_t ChunkBound(int32_t sequences, int32_t tok
 }
 
 // How the states are kept. BV 128: one kernel, whose blocks compute records themselves; two warpgroups keep a state, a
-// third loads and prepares the next chunk. BV 64: two kernels; a state's V is shared by two blocks of one warpgroup
-// each and one that loads, records come from the first kernel. Shared memory, as the launcher asks for it: for each
-// chunk on its way K, Q, V and a record, each padded to 1024 bytes, and two barriers; with BV 128 what T is inverted
-// in.
+// third prepares the next chunk, a fourth loads and stores. BV 64: two kernels; a state's V is shared by two blocks of
+// one warpgroup each and one that loads, records come from the first kernel. Shared memory, as the launcher asks for
+// it: for each chunk on its way K, Q, V and a record, each padded to 1024 bytes, and two barriers; with BV 128 what T
+// is inverted in.
 inline constexpr int32_t kPrefillStages = 3;
 inline constexpr int32_t kPrefillRecords = 2;  // in one kernel: one that is used, one that is being computed
 inline constexpr int32_t kPrefillInverseBytes = 28192;

@@ -2,7 +2,8 @@
 // is never leaves the multiprocessor, and q and k are read once.
 //
 // A block is one (sequence, value head): two consumer warpgroups keep the state (prefill_states_device.cuh); a third
-// computes T and P of the next chunk (prefill_inverse_device.cuh); a fourth loads the chunk after that.
+// computes T and P of the next chunk (prefill_inverse_device.cuh); a fourth loads the chunk after that and stores the
+// output of the one before.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -36,43 +37,49 @@ static_assert(2 * sizeof(Matrices) + (4 + 2 * kStages) * kChunk * sizeof(float) 
 
 __device__ void PreparersMeet() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 
-// q, k, v and gates, chunk after chunk; tokens behind the sequence's last are zeros.
+// 64 rows of 128 elements, `stride` elements apart, to two tiles; those behind `valid` are zeros.
+__device__ __forceinline__ void LoadRows(unsigned char (&to)[2][kTile], const void* from, int64_t stride, int valid,
+                                         int tid) {
+  const uint32_t at = SharedAddress(to) + tid % 16 / 8 * kTile + tid / 16 * 128 + ((tid % 8 ^ tid / 16) << 4);
+  const __nv_bfloat16* const column = static_cast<const __nv_bfloat16*>(from) + tid % 16 * 8;
+#pragma unroll 4
+  for (int i = 0; i < 8; ++i) {
+    const int row = i * 8 + tid / 16;
+    CopyAsync(at + i * 1024, column + min(row, valid - 1) * stride, row < valid);
+  }
+}
+
+// q, k, v and gates, chunk after chunk; tokens behind the sequence's last are zeros. And the output: out of V's place,
+// before the same threads fill it again.
 __device__ void LoadChunks(const PrefillParams& p, FusedShared& shared, const PrefillSpan& span, int head) {
   const int tid = static_cast<int>(threadIdx.x) % kGroup;
-  const int column = head / (p.v_heads / p.qk_heads) * kDim + tid % 16 * 8, v_column = head * kDim + tid % 16 * 8;
-  const uint32_t offset = tid % 16 / 8 * kTile + tid / 16 * 128 + ((tid % 8 ^ tid / 16) << 4);
-  for (int c = 0; c < span.chunks; ++c) {
+  const int column = head / (p.v_heads / p.qk_heads) * kDim;
+#pragma unroll 1
+  for (int c = 0; c < span.chunks + kStages; ++c) {
     const int s = c % kStages;
-    if (c >= kStages) Wait(&shared.empty[s], c / kStages - 1 & 1);
-    const int valid = span.length - c * kChunk;
+    Tiles<kConsumers>& tiles = shared.tiles[s];
+    const int valid = min(span.length - c * kChunk, kChunk);
     const int64_t token = span.begin + c * kChunk;
-    const uint32_t to = SharedAddress(&shared.tiles[s]) + offset;
-#pragma unroll 2  // few registers: the others have them
-    for (int i = 0; i < 8; ++i) {
-      const int row = i * 8 + tid / 16;
-      const int64_t at = token + min(row, valid - 1);
-      CopyAsync(to + i * 1024, static_cast<const __nv_bfloat16*>(p.k) + at * p.k_stride + column, row < valid);
-      CopyAsync(to + 2 * kTile + i * 1024, static_cast<const __nv_bfloat16*>(p.q) + at * p.q_stride + column,
-                row < valid);
-      CopyAsync(to + 4 * kTile + i * 1024, static_cast<const __nv_bfloat16*>(p.v) + at * p.v_stride + v_column,
-                row < valid);
+    if (c >= kStages) Wait(&shared.empty[s], c / kStages - 1 & 1);
+    if (c < span.chunks) {
+      LoadRows(tiles.k, static_cast<const __nv_bfloat16*>(p.k) + token * p.k_stride + column, p.k_stride, valid, tid);
+      LoadRows(tiles.q, static_cast<const __nv_bfloat16*>(p.q) + token * p.q_stride + column, p.q_stride, valid, tid);
+      const int t = tid % kChunk;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(shared.gates[s][0] + tid)),
+                   "l"((tid < kChunk ? p.g : p.beta) + (token + min(t, valid - 1)) * p.v_heads + head),
+                   "r"(t < valid ? 4 : 0)
+                   : "memory");
+      ArriveWithCopies(&shared.loaded[s]);
     }
-    const int t = tid % kChunk;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(shared.gates[s][0] + tid)),
-                 "l"((tid < kChunk ? p.g : p.beta) + (token + min(t, valid - 1)) * p.v_heads + head),
-                 "r"(t < valid ? 4 : 0)
-                 : "memory");
-    CommitCopies();
-    if (c > 0) {
-      WaitForCopies<1>();
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      Arrive(&shared.loaded[(c - 1) % kStages]);
+    if (c >= kStages) {
+      StoreOutput<kConsumers>(p, tiles, token - kStages * kChunk, min(valid + kStages * kChunk, kChunk), head, 0, tid);
+    }
+    if (c < span.chunks) {
+      LoadRows(tiles.v, static_cast<const __nv_bfloat16*>(p.v) + token * p.v_stride + head * kDim, p.v_stride, valid,
+               tid);
+      ArriveWithCopies(&shared.full[s]);
     }
   }
-  if (span.chunks == 0) return;
-  WaitForCopies<0>();
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  Arrive(&shared.loaded[(span.chunks - 1) % kStages]);
 }
 
 // x K^T of a chunk, begun: x is k or q.
@@ -99,6 +106,7 @@ __device__ void PrepareChunks(const PrefillParams& p, FusedShared& shared, const
   if (span.chunks == 0) return;
   PreparersMeet();
   Wait(&shared.loaded[0], 0);
+  FenceProxies();
   float kk[32];
   BeginScores(shared.tiles[0].k, shared.tiles[0].k, kk);
   for (int c = 0; c < span.chunks; ++c) {
@@ -130,10 +138,13 @@ __device__ void PrepareChunks(const PrefillParams& p, FusedShared& shared, const
     PreparersMeet();
     // Behind the last chunk, of anything.
     const Tiles<kConsumers>& next = shared.tiles[(c + 1) % kStages];
-    if (c + 1 < span.chunks) Wait(&shared.loaded[(c + 1) % kStages], (c + 1) / kStages & 1);
+    if (c + 1 < span.chunks) {
+      Wait(&shared.loaded[(c + 1) % kStages], (c + 1) / kStages & 1);
+      FenceProxies();
+    }
     BeginScores(next.k, next.k, kk);
     InvertColumn(m, record.t, record.t_low, beta, warp, lane);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    FenceProxies();
     Arrive(&shared.full[c % kStages]);
   }
   WaitForProducts<0>();
@@ -153,10 +164,10 @@ __global__ void __launch_bounds__(kThreads, 1) GdnPrefillKernel(const __grid_con
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(&shared.loaded[i], kGroup);
-      InitBarrier(&shared.full[i], kGroup);
+      InitBarrier(&shared.full[i], 2 * kGroup);  // T and P, and the copies of v
       InitBarrier(&shared.empty[i], kConsumers * kGroup);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    FenceProxies();
   }
   __syncthreads();
   if (threadIdx.x >= (kConsumers + 1) * kGroup) {

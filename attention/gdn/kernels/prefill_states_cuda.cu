@@ -1,7 +1,7 @@
 // The second of two prefill kernels: the states, chunk after chunk, and with them the output.
 //
 // A block is half of one (sequence, value head)'s V: 64 columns. A consumer warpgroup keeps the state
-// (prefill_states_device.cuh), a producer warpgroup kStages chunks on their way.
+// (prefill_states_device.cuh), a producer warpgroup kStages chunks on their way; it stores the output too.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -34,43 +34,41 @@ __device__ void Produce(const PrefillParams& p, StatesShared& shared, const Pref
   constexpr int kVWords = kV / 8, kVRows = kGroup / kVWords;
   const auto* const v = static_cast<const __nv_bfloat16*>(p.v) + head * kDim + first_v + tid % kVWords * 8;
   const int qk_offset = tid % 16 / 8 * kTile + tid / 16 * 128 + ((tid % 8 ^ tid / 16) << 4);
-  for (int c = 0; c < span.chunks; ++c) {
+  for (int c = 0; c < span.chunks + kStages; ++c) {  // a chunk comes, and the output of that in its place goes
     const int s = c % kStages;
     Tiles<1>& tiles = shared.tiles[s];
-    if (c >= kStages) Wait(&shared.empty[s], c / kStages - 1 & 1);
-    if (tid == 0) {
-      ArriveExpecting(&shared.full[s], sizeof(ChunkRecord));
-      const auto* const records = static_cast<const ChunkRecord*>(p.workspace);
-      CopyBulk(&shared.records[s], records + int64_t{span.first_chunk + c} * p.v_heads + head, sizeof(ChunkRecord),
-               &shared.full[s]);
-    }
     const int64_t token = span.begin + c * kChunk;
     const int valid = min(span.length - c * kChunk, kChunk);
-    const uint32_t k_to = SharedAddress(tiles.k) + qk_offset, q_to = SharedAddress(tiles.q) + qk_offset;
+    if (c >= kStages) Wait(&shared.empty[s], c / kStages - 1 & 1);
+    if (c < span.chunks) {
+      if (tid == 0) {
+        ArriveExpecting(&shared.full[s], sizeof(ChunkRecord));
+        const auto* const records = static_cast<const ChunkRecord*>(p.workspace);
+        CopyBulk(&shared.records[s], records + int64_t{span.first_chunk + c} * p.v_heads + head, sizeof(ChunkRecord),
+                 &shared.full[s]);
+      }
+      const uint32_t k_to = SharedAddress(tiles.k) + qk_offset, q_to = SharedAddress(tiles.q) + qk_offset;
 #pragma unroll 2
-    for (int i = 0; i < 8; ++i) {
-      const int row = i * 8 + tid / 16;
-      const int64_t at = token + min(row, valid - 1);
-      CopyAsync(k_to + i * 1024, k + at * p.k_stride, row < valid);
-      CopyAsync(q_to + i * 1024, q + at * p.q_stride, row < valid);
+      for (int i = 0; i < 8; ++i) {
+        const int row = i * 8 + tid / 16;
+        const int64_t at = token + min(row, valid - 1);
+        CopyAsync(k_to + i * 1024, k + at * p.k_stride, row < valid);
+        CopyAsync(q_to + i * 1024, q + at * p.q_stride, row < valid);
+      }
     }
+    if (c >= kStages) {
+      StoreOutput<1>(p, tiles, token - kStages * kChunk, min(valid + kStages * kChunk, kChunk), head, first_v, tid);
+    }
+    if (c < span.chunks) {
 #pragma unroll 2
-    for (int i = 0; i < kChunk / kVRows; ++i) {
-      const int row = i * kVRows + tid / kVWords, word = tid % 8;
-      const int64_t at = token + min(row, valid - 1);
-      CopyAsync(SharedAddress(tiles.v[0]) + row * 128 + ((word ^ (row & 7)) << 4), v + at * p.v_stride, row < valid);
-    }
-    CommitCopies();
-    if (c > 0) {
-      WaitForCopies<1>();
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      Arrive(&shared.full[(c - 1) % kStages]);
+      for (int i = 0; i < kChunk / kVRows; ++i) {
+        const int row = i * kVRows + tid / kVWords, word = tid % 8;
+        const int64_t at = token + min(row, valid - 1);
+        CopyAsync(SharedAddress(tiles.v[0]) + row * 128 + ((word ^ (row & 7)) << 4), v + at * p.v_stride, row < valid);
+      }
+      ArriveWithCopies(&shared.full[s]);
     }
   }
-  if (span.chunks == 0) return;
-  WaitForCopies<0>();
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  Arrive(&shared.full[(span.chunks - 1) % kStages]);
 }
 
 #endif  // PRISTINE_GDN_PREFILL
@@ -89,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1) GdnPrefillStatesKernel(const __gr
       InitBarrier(&shared.full[i], kGroup + 1);  // each producer thread, and the copy that one of them expects
       InitBarrier(&shared.empty[i], kGroup);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    FenceProxies();
   }
   __syncthreads();
   if (threadIdx.x >= kGroup) {

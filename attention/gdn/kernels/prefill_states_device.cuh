@@ -40,6 +40,12 @@ __device__ inline void InitBarrier(uint64_t* barrier, int count) {
 __device__ inline void Arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
+// Arrives for the thread when all its copies so far are there. Who waits and has the tensor cores read what they
+// brought fences first.
+__device__ inline void ArriveWithCopies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+__device__ inline void FenceProxies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void ArriveExpecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
                : "memory");
@@ -154,6 +160,22 @@ __device__ __forceinline__ void ForStatePairs(State* head_state, int row, int la
   }
 }
 
+// The output of a chunk from V's place in shared memory, by the threads of one warpgroup: `valid` tokens from `token`
+// on, columns from first_v on. Each thread reads the words that it fills with the next chunk's.
+template <int kGroups>
+__device__ __forceinline__ void StoreOutput(const PrefillParams& p, const Tiles<kGroups>& tiles, int64_t token,
+                                            int valid, int head, int first_v, int tid) {
+  constexpr int kWords = kGroups * 8, kRows = kGroup / kWords;
+  const int word = tid % kWords;
+  auto* const to = static_cast<__nv_bfloat16*>(p.out) + (token * p.v_heads + head) * kDim + first_v + word * 8;
+#pragma unroll 4
+  for (int i = 0; i < kChunk / kRows; ++i) {
+    const int row = i * kRows + tid / kWords;
+    const uint4 values = *reinterpret_cast<const uint4*>(tiles.v[word / 8] + row * 128 + ((word % 8 ^ (row & 7)) << 4));
+    if (row < valid) *reinterpret_cast<uint4*>(to + int64_t{row} * p.v_heads * kDim) = values;
+  }
+}
+
 template <int kGroups, class State, class Shared>
 __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpan& span, int32_t sequence, int head,
                         int first_v) {
@@ -189,6 +211,7 @@ __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpa
     uint32_t state[32];
     PackAll(s, state);
     Wait(&shared.full[st], c / kStages & 1);
+    FenceProxies();
 
     float x[32], o[32];
     FenceRegisters();
@@ -200,7 +223,7 @@ __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpa
     CommitProducts();
 
     const uint32_t v_tile = SharedAddress(tiles.v[group]) + tile_offset;
-    WaitForProducts<1>();
+    WaitForProducts<kGroups == 2 ? 0 : 1>();  // two have no registers for products and more
     uint32_t left[16];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -214,7 +237,6 @@ __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpa
         left[i * 4 + j] = Pack(value.x - exp_g.x * x[at], value.y - exp_g.y * x[at + 1]);
       }
     }
-    if constexpr (kGroups == 2) WaitForProducts<0>();  // two have no registers for more products at a time
     float u[32];
     FenceRegisters();
 #pragma unroll
@@ -246,14 +268,13 @@ __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpa
     }
     FenceRegisters();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) Multiply128Transposed(s, rest + 4 * i, Advance(k_tile, i * 2048), true);
-    CommitProducts();
-#pragma unroll
     for (int i = 0; i < 4; ++i) Multiply64(o, left + 4 * i, Advance(Descriptor(record.p), i * 32), true);
     CommitProducts();
-    WaitForProducts<0>();
-
-    // The output takes the place of this warp's part of V, and goes from there to memory in sectors of 32 bytes.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) Multiply128Transposed(s, rest + 4 * i, Advance(k_tile, i * 2048), true);
+    CommitProducts();
+    WaitForProducts<1>();
+    // The output takes the place of this warp's part of V: who loads takes it from there.
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(v_tile + i * 2048),
@@ -261,20 +282,8 @@ __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpa
                    "r"(Pack(o[8 * i + 4], o[8 * i + 5])), "r"(Pack(o[8 * i + 6], o[8 * i + 7]))
                    : "memory");
     }
-    __syncwarp();
-    const int valid = min(span.length - c * kChunk, kChunk);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = i * 16 + lane / 2, word = warp * 2 + lane % 2;
-      const uint4 values = *reinterpret_cast<const uint4*>(tiles.v[group] + token * 128 + ((word ^ (token & 7)) << 4));
-      if (token < valid) {
-        auto* const to = static_cast<__nv_bfloat16*>(p.out) +
-                         ((span.begin + c * kChunk + token) * int64_t{p.v_heads} + head) * kDim + first_v + group * 64 +
-                         word * 8;
-        *reinterpret_cast<uint4*>(to) = values;
-      }
-    }
-    Arrive(&shared.empty[st]);  // each lane for its own reads
+    WaitForProducts<0>();
+    Arrive(&shared.empty[st]);  // each lane for its own
   }
 
   const int32_t slot = p.final_slots[sequence];
