@@ -9,9 +9,11 @@
 #include "pristine/attention/gdn/recurrent.h"
 #include "pristine/attention/gdn/state_pool.h"
 #include "pristine/graph_runtime/graph.h"
+#include "pristine/graph_runtime/launch.h"
 #include "tests/gdn/gdn_rig.h"
 #include "tests/support/backends.h"
 #include "tests/support/status_matchers.h"
+#include "tests/support/test_kernels.h"
 
 namespace pristine::testing {
 namespace {
@@ -289,6 +291,54 @@ TYPED_TEST(RecurrentTest, AReplayUsesTheSlotsOfTheMoment) {
     ASSERT_OK_AND_ASSIGN(const Bytes replayed_states, ReadBytes(*this->stream_, this->pool_->view().states));
     EXPECT_TRUE(eager == replayed);
     EXPECT_TRUE(eager_states == replayed_states);
+  }
+}
+
+// Decode asks for states before the kernel ahead has ended, by the indices that it finds then. Here it finds a wrong
+// guess or none in either of them: both are written late.
+TYPED_TEST(RecurrentTest, WhatTheKernelAheadWritesLateIsWhatDecodeReads) {
+  std::mt19937_64 random(17);
+  const std::vector<int32_t> indices = {3, -1, 1, 2};
+  const std::vector<std::vector<int32_t>> guesses = {
+      {1, 2, 3, 4}, {-1, std::numeric_limits<int32_t>::max(), 2, 5}, {std::numeric_limits<int32_t>::min(), 3, -1, 2}};
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    this->MakePool(dtype, 4, 4, random);
+    ASSERT_OK_AND_ASSIGN(const Layer layer,
+                         MakeLayer(*this->device_, *this->stream_, DType::kBFloat16, 2, 4, 4, true, random));
+    const Expected expected = this->Reference(layer, indices, 1, {1, 1, 1, 1});
+    const StateView pool = this->pool_->view();
+    const size_t words = pool.states.size() / sizeof(int32_t);
+    ASSERT_OK_AND_ASSIGN(const DeviceBuffer staged, this->device_->Allocate(pool.states.size(), "staged"));
+    ASSERT_OK(this->stream_->Copy(staged.template As<std::byte>(), pool.states));
+    Tensor late_indices;
+    this->SetIndices(indices, late_indices);
+    const auto late_copy = [this](void* to, const void* from, size_t count) {
+      return Launch(*this->stream_, kLateCopy,
+                    LateCopyParams{.to = static_cast<int*>(to),
+                                   .from = static_cast<const int*>(from),
+                                   .count = static_cast<int64_t>(count),
+                                   .nanoseconds = 100'000});
+    };
+    ASSERT_OK_AND_ASSIGN(const Tensor out, MakeTensor(*this->device_, *this->stream_, DType::kBFloat16,
+                                                      std::vector<double>(4 * 512, NAN)));
+    for (const std::vector<int32_t>& guess : guesses) {
+      for (const bool states_last : {false, true}) {
+        SCOPED_TRACE(absl::StrCat(ToString(dtype), ", guess ", guess[0], states_last ? ", states last" : ""));
+        this->SetStates(std::vector<double>(pool.states.size() / attention::SizeOf(dtype), NAN));
+        this->SetIndices(guess, this->indices_);
+        for (const bool states : {!states_last, states_last}) {
+          if (states) {
+            ASSERT_OK(late_copy(pool.states.address(), staged.template As<std::byte>().address(), words));
+          } else {
+            ASSERT_OK(late_copy(this->indices_.bytes().address(), late_indices.bytes().address(), indices.size()));
+          }
+        }
+        ASSERT_OK(Decode(*this->stream_, 4, this->Inputs(layer), pool, out.bytes()));
+        ASSERT_OK_AND_ASSIGN(const std::vector<double> got, ReadTensor(*this->stream_, out));
+        EXPECT_LT(RelativeRms(expected.out, got), Tolerance(DType::kBFloat16));
+        EXPECT_LT(RelativeRms(expected.states, this->States()), Tolerance(dtype));
+      }
+    }
   }
 }
 

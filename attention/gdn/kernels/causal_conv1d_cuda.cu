@@ -1,11 +1,14 @@
 // Four channels to a thread, 128 to a warp: a head. In a prompt each warp has a run of tokens, in batches; the inputs
 // of the next batches are on their way into shared memory, each thread's own, before anything else is known. Runs are
 // short, and blocks next to each other have neighbouring channels, so that what is read at a time lies close together:
-// as many long runs as the device holds blocks, with nothing fetched twice, measured 15 % slower. A state is read and
-// written by the warp that has its request's first token, and by no other: that warp computes the request's first three
-// tokens, also those beyond its batch, so that nobody needs a state that somebody else is writing.
+// as many long runs as the device holds blocks, with nothing fetched twice, measured 15 % slower. The last runs are of
+// one batch, so that all of the device ends at about the same time. What needs a state is done by blocks of its own,
+// the first of the grid: a request's first three tokens, and the state that it leaves. So nobody needs a state that
+// somebody else is writing, and no run waits for one.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "attention/gdn/kernels/causal_conv1d.h"
 #include "attention/gdn/kernels/channels_device.cuh"
@@ -20,11 +23,12 @@ constexpr int kTaps = kHistory + 1;
 constexpr int kPer = 4;  // channels of a thread
 constexpr int kThreads = 128;
 constexpr int kTileChannels = kThreads * kPer;
-constexpr int kBatch = 8;    // tokens
-constexpr int kBatches = 4;  // of a run
-constexpr int kStages = 2;   // batches that are computed or on their way
-constexpr int kTileTokens = kBatch * kBatches;
-constexpr int kGateTokens = 32;  // of a block of gates
+constexpr int kBatch = 8;        // tokens
+constexpr int kLongBatches = 4;  // of a run that is not one of the last
+constexpr int kLongTokens = kBatch * kLongBatches;
+constexpr int kShortBlocks = 640;  // about as many as a device holds
+constexpr int kStages = 2;         // batches that are computed or on their way
+constexpr int kGateTokens = 32;    // of a block of gates
 
 template <class T>
 using Four = Pack<T, kPer>;
@@ -112,13 +116,14 @@ template <class T, bool kVector>
 class Convolution {
  public:
   __device__ Convolution(const CausalConv1dParams& p, const Channels<T, kVector>& channels, int first)
-      : segments_(p.out, p.out_dim, first), norm_(first < p.out_dim[0] + p.out_dim[1] ? p.norm_head_dim : 0) {
+      : segments_(p.out, p.out_dim, first),
+        norm_(first < p.out_dim[0] + p.out_dim[1] ? p.norm_head_dim : 0),
+        warp_has_norm_(__any_sync(0xffffffffu, norm_ != 0) != 0) {
     channels.LoadWeights(weight_, bias_);
   }
-  // kTokens tokens from `token` on; x starts with the three inputs before. All threads of the warp call it.
+  // Of tokens that follow each other; x starts with the three inputs before. All threads of the warp call it.
   template <int kTokens>
-  __device__ void StoreTokens(int64_t token, const Four<T> (&x)[kHistory + kTokens]) const {
-    Four<T> y[kTokens];
+  __device__ void Compute(const Four<T> (&x)[kHistory + kTokens], Four<T> (&y)[kTokens]) const {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       float values[kPer];
@@ -131,135 +136,119 @@ class Convolution {
       }
       y[t].Set(values);
     }
-    if (__any_sync(0xffffffffu, norm_ != 0)) NormaliseHeads(y, norm_);
-    segments_.Store(token, y);
+    if (warp_has_norm_) NormaliseHeads(y, norm_);
   }
-  __device__ void StoreZeros(int64_t token) const {
-    const Four<T> zeros[1] = {};
-    segments_.Store(token, zeros);
+  // A token, or several that follow each other.
+  template <class Tokens>
+  __device__ void Store(int64_t token, const Tokens& y) const {
+    segments_.Store(token, y);
   }
 
  private:
   const Segments<T, kPer, kVector> segments_;
   const int norm_;  // of this thread's head
+  const bool warp_has_norm_;
   float weight_[kTaps][kPer];
   float bias_[kPer];
 };
 
-// Walks along the requests as tokens rise. What breaks the rule of cu_seqlens ends up without a request or in a wrong
-// one, and within [0, tokens).
-class Walk {
- public:
-  // Token `token` is in request `request` or later.
-  __device__ Walk(const CausalConv1dParams& p, int request, int token)
-      : p_(p), total_(min(p.cu_seqlens[p.requests], static_cast<int>(p.tokens))), request_(request) {
-    Enter();
-    To(token);
-  }
-  __device__ void To(int token) {
-    if (token >= total_) request_ = p_.requests;
-    while (request_ < p_.requests && end_ <= token) {
-      ++request_;
-      Enter();
-    }
-  }
-  // Of the token last gone to: its request, that request's tokens, and whether it is a request with a slot at all.
-  __device__ int request() const { return request_; }
-  __device__ int start() const { return start_; }
-  __device__ int end() const { return min(end_, total_); }
-  __device__ bool Live(int token) const { return request_ < p_.requests && has_slot_ && start_ <= token; }
-
- private:
-  __device__ void Enter() {
-    if (request_ >= p_.requests) return;
-    start_ = max(p_.cu_seqlens[request_], 0);
-    end_ = p_.cu_seqlens[request_ + 1];
-    const int slot = p_.cache_indices[request_];
-    has_slot_ = slot >= 0 && slot < p_.slots;
-  }
-
-  const CausalConv1dParams& p_;
-  const int total_;
-  int start_ = 0, end_ = 0;
-  int request_;
-  bool has_slot_ = false;
+// A request's tokens, or ones that are in none: [start, end) within [0, tokens).
+struct Span {
+  int start, end;
+  bool live;  // of a request that has a slot
 };
 
-// How many requests end at or before `token`: where it walks from. All threads of the block call it.
-__device__ int RequestsBefore(const CausalConv1dParams& p, int token) {
-  int before = 0;
-  for (int first = 0; first < p.requests; first += kThreads) {
-    const int r = first + static_cast<int>(threadIdx.x);
-    before += __syncthreads_count(r < p.requests && p.cu_seqlens[r + 1] <= token);
-  }
-  return before;
+__device__ bool HasSlot(const CausalConv1dParams& p, int request) {
+  const int slot = p.cache_indices[request];
+  return slot >= 0 && slot < p.slots;
 }
 
-__device__ void StoreGate(const GatesParams& gates, int64_t token, int head, bool live) {
-  const Gate gate = live ? GateOf(gates, token, head) : Gate{0, 0};
+__device__ int EndOfRequests(const CausalConv1dParams& p) {
+  return min(p.cu_seqlens[p.requests], static_cast<int>(p.tokens));
+}
+
+// Where token `token` is. What breaks the rule of cu_seqlens ends up without a request or in a wrong one.
+__device__ Span SpanOf(const CausalConv1dParams& p, int token) {
+  const int total = EndOfRequests(p);
+  int request = 0;  // the first that ends behind the token
+  for (int behind = p.requests; request < behind;) {
+    const int middle = (request + behind) / 2;
+    if (p.cu_seqlens[middle + 1] <= token) {
+      request = middle + 1;
+    } else {
+      behind = middle;
+    }
+  }
+  if (token >= total || request == p.requests) return {token, static_cast<int>(p.tokens), false};
+  const int start = max(p.cu_seqlens[request], 0);
+  if (start > token) return {token, min(start, total), false};
+  return {start, min(p.cu_seqlens[request + 1], total), HasSlot(p, request)};
+}
+
+// Of a token that is in no request: zeros.
+__device__ Gate GateOrZero(const GatesParams& gates, int64_t token, int head, bool live) {
+  const Gate gate = GateOf(gates, token, head);  // without a branch around the loads
+  return live ? gate : Gate{0, 0};
+}
+
+__device__ void StoreGate(const GatesParams& gates, int64_t token, int head, Gate gate) {
   gates.g[token * gates.v_heads + head] = gate.g;
   gates.beta[token * gates.v_heads + head] = gate.beta;
 }
 
-// Leaves what the request's first token looks back to in x, and the last three inputs of all in its state.
+// Of kGateTokens tokens from `first` on.
+__device__ void StoreGates(const CausalConv1dParams& p, int first) {
+  constexpr int kAtOnce = 8;
+  const int heads = p.gates.v_heads, count = min(kGateTokens, static_cast<int>(p.tokens) - first) * heads;
+  const Span span = SpanOf(p, first);
+#pragma unroll 1
+  for (int start = threadIdx.x; start < count; start += kAtOnce * kThreads) {
+    Gate gate[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = min(start + i * kThreads, count - 1), token = first + at / heads;
+      const bool live = token < span.end ? span.live : SpanOf(p, token).live;
+      gate[i] = GateOrZero(p.gates, token, at % heads, live);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = start + i * kThreads;
+      if (at < count) StoreGate(p.gates, first + at / heads, at % heads, gate[i]);
+    }
+  }
+}
+
+// The first tokens of a request, and the state that it leaves. All threads of the warp call it.
 template <class T, bool kVector>
-__device__ void StartRequest(const CausalConv1dParams& p, const Channels<T, kVector>& channels, const Walk& walk,
-                             Four<T> (&x)[kTaps]) {
-  const int slot = p.cache_indices[walk.request()];
-  Four<T> history[kHistory] = {};
-  if (p.has_initial_state == nullptr || p.has_initial_state[walk.request()] != 0) channels.LoadState(slot, history);
-  const int tokens = walk.end() - walk.start();
-  Four<T> last[kHistory];
+__device__ void StartRequest(const CausalConv1dParams& p, const Channels<T, kVector>& channels,
+                             const Convolution<T, kVector>& convolution, int request) {
+  const int start = max(p.cu_seqlens[request], 0), end = min(p.cu_seqlens[request + 1], EndOfRequests(p));
+  if (start >= end || !HasSlot(p, request)) return;
+  constexpr int kTokens = kHistory + 1;  // a power of two
+  Four<T> x[kHistory + kTokens] = {}, last[kHistory], y[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) x[kHistory + i] = channels.LoadX(min(start + i, end - 1));
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) last[i] = channels.LoadX(max(end + i - kHistory, start));
+  const int slot = p.cache_indices[request];
+  if (p.has_initial_state == nullptr || p.has_initial_state[request] != 0) {
+    Four<T> history[kHistory] = {};
+    channels.LoadState(slot, history);
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) x[i] = history[i];
+  }
+  convolution.Compute(x, y);
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) {
-    x[i] = history[i];
-    const int at = tokens + i - kHistory;
-    if (at >= 0) {
-      last[i] = channels.LoadX(walk.start() + at);
-    } else {
-      last[i] = at == -1 ? history[2] : at == -2 ? history[1] : history[0];
-    }
+    if (start + i < end) convolution.Store(start + i, y[i]);
+  }
+  if (end - start == 1) {
+    last[0] = x[1];
+    last[1] = x[2];
+  } else if (end - start == 2) {
+    last[0] = x[2];
   }
   channels.StoreState(slot, last);
-}
-
-// A batch where a request starts or ends: token by token.
-template <class T, bool kVector>
-__device__ void StoreBatch(const CausalConv1dParams& p, const Channels<T, kVector>& channels,
-                           const Convolution<T, kVector>& convolution, Walk walk, int first) {
-  Four<T> x[kTaps];  // the last is the token's own
-#pragma unroll
-  for (int i = 0; i < kHistory; ++i) x[i] = channels.LoadX(max(first + i - kHistory, 0));
-  bool met_start = false;  // of the request that the token is in
-  for (int token = first; token < p.tokens; ++token) {
-    walk.To(token);
-    const bool live = walk.Live(token), early = live && token < walk.start() + kHistory;
-    if (token >= first + kBatch && !(early && met_start && token > walk.start())) return;
-    if (!live) {
-      convolution.StoreZeros(token);
-      continue;
-    }
-    if (token == walk.start()) {
-      met_start = true;
-      StartRequest(p, channels, walk, x);
-    }
-    x[kHistory] = channels.LoadX(token);
-    if (!early || met_start) convolution.template StoreTokens<1>(token, x);
-#pragma unroll
-    for (int i = 0; i < kHistory; ++i) x[i] = x[i + 1];
-  }
-}
-
-__device__ void StoreGates(const CausalConv1dParams& p, int first_token) {
-  const int before = RequestsBefore(p, first_token);
-  const int heads = p.gates.v_heads, tokens = min(kGateTokens, static_cast<int>(p.tokens) - first_token);
-  const Walk walk(p, before, first_token);
-  const bool one_request = walk.Live(first_token) && first_token + tokens <= walk.end();
-#pragma unroll 4
-  for (int i = threadIdx.x; i < tokens * heads; i += kThreads) {
-    const int token = first_token + i / heads;
-    StoreGate(p.gates, token, i % heads, one_request || Walk(p, before, token).Live(token));
-  }
 }
 
 // The inputs of a run's batches, from memory into a ring of shared memory of which each thread reads what it wrote.
@@ -268,8 +257,14 @@ class Inputs {
  public:
   using Ring = Four<T>[kStages][kBatch][kThreads];
 
-  __device__ Inputs(const Channels<T, kVector>& channels, Ring& ring, int64_t x_stride, int first, int all)
-      : channels_(channels), ring_(ring), x_stride_(x_stride), first_(first), all_(all) {
+  __device__ Inputs(const Channels<T, kVector>& channels, Ring& ring, const CausalConv1dParams& p, int first,
+                    int batches)
+      : channels_(channels),
+        ring_(ring),
+        x_stride_(p.x_stride),
+        first_(first),
+        batches_(batches),
+        all_(static_cast<int>(p.tokens)) {
 #pragma unroll
     for (int b = 0; b < kStages; ++b) Fetch(b);
   }
@@ -291,11 +286,11 @@ class Inputs {
   __device__ void Fetch(int b) {
     if constexpr (kVector) {
       const int token = first_ + b * kBatch;
-      if (b < kBatches && token + kBatch <= all_) {
+      if (b < batches_ && token + kBatch <= all_) {
         const T* at = channels_.X(token);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i, at += x_stride_) Copy(&ring_[b % kStages][i][threadIdx.x], at);
-      } else if (b < kBatches) {
+      } else if (b < batches_) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           Copy(&ring_[b % kStages][i][threadIdx.x], channels_.X(min(token + i, all_ - 1)));
@@ -313,43 +308,74 @@ class Inputs {
   const Channels<T, kVector>& channels_;
   Ring& ring_;
   const int64_t x_stride_;
-  const int first_, all_;
+  const int first_, batches_, all_;
+};
+
+// The blocks of a prompt in their order: the gates, the requests' starts, the long runs, the short runs; of starts and
+// runs one for each tile of channels.
+struct Grid {
+  explicit Grid(const CausalConv1dParams& p)
+      : tiles((p.dim + kTileChannels - 1) / kTileChannels),
+        gate_blocks(p.gates.g == nullptr ? 0 : (static_cast<int>(p.tokens) + kGateTokens - 1) / kGateTokens) {
+    const int tokens = static_cast<int>(p.tokens);
+    long_runs = std::max(tokens - kShortBlocks / tiles * kBatch, 0) / kLongTokens;
+    short_runs = (tokens - long_runs * kLongTokens + kBatch - 1) / kBatch;
+    blocks = (int64_t{p.requests} + long_runs + short_runs) * tiles + gate_blocks;
+  }
+  int tiles, gate_blocks, long_runs, short_runs;
+  int64_t blocks;
 };
 
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kVector ? 5 : 4)
-    CausalConvKernel(const __grid_constant__ CausalConv1dParams p) {
+    CausalConvKernel(const __grid_constant__ CausalConv1dParams p, const __grid_constant__ Grid grid) {
   WaitForStream();
-  const int all = static_cast<int>(p.tokens);
-  const int gate_blocks = p.gates.g == nullptr ? 0 : (all + kGateTokens - 1) / kGateTokens;
-  const int place = static_cast<int>(blockIdx.x) - gate_blocks;
-  if (place < 0) {
-    StoreGates(p, static_cast<int>(blockIdx.x) * kGateTokens);
+  const int all = static_cast<int>(p.tokens), block = static_cast<int>(blockIdx.x);
+  if (block < grid.gate_blocks) {
+    StoreGates(p, block * kGateTokens);
     return;
   }
-  const int tiles = (p.dim + kTileChannels - 1) / kTileChannels;
-  const int run = place / tiles * kTileTokens;  // its first token
-  const int first_channel = place % tiles * kTileChannels + static_cast<int>(threadIdx.x) * kPer;
+  const int place = block - grid.gate_blocks;
+  const int turn = place / grid.tiles - p.requests;  // of a run; below 0: of a request's start
+  const bool is_long = turn < grid.long_runs;
+  const int run = is_long ? turn * kLongTokens : grid.long_runs * kLongTokens + (turn - grid.long_runs) * kBatch;
+  const int batches = turn < 0 ? 0 : is_long ? kLongBatches : 1;
+  const int first_channel = place % grid.tiles * kTileChannels + static_cast<int>(threadIdx.x) * kPer;
   const Channels<T, kVector> channels(p, first_channel);
   __shared__ typename Inputs<T, kVector>::Ring ring;
-  Inputs<T, kVector> inputs(channels, ring, p.x_stride, run, all);
+  Inputs<T, kVector> inputs(channels, ring, p, run, batches);
   Four<T> x[kHistory + kBatch];
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) x[i] = channels.LoadX(max(run - kHistory + i, 0));
   const Convolution<T, kVector> convolution(p, channels, first_channel);
-  const int before = RequestsBefore(p, run);
+  if (turn < 0) {
+    StartRequest(p, channels, convolution, turn + p.requests);
+    return;
+  }
+  Span span = SpanOf(p, run);
   LetNextBegin();
-  Walk walk(p, before, run);
 #pragma unroll 1
-  for (int b = 0; b < kBatches; ++b) {
+  for (int b = 0; b < batches; ++b) {
     const int first = run + b * kBatch;
     if (first >= all) return;
     inputs.Next(b, x + kHistory);
-    walk.To(first);
-    if (walk.Live(first) && walk.start() + kHistory <= first && first + kBatch <= walk.end()) {
-      convolution.template StoreTokens<kBatch>(first, x);
+    Four<T> y[kBatch];
+    convolution.Compute(x, y);
+    if (span.live && span.start + kHistory <= first && first + kBatch <= span.end) {
+      convolution.Store(first, y);
     } else {
-      StoreBatch(p, channels, convolution, walk, first);
+      unsigned computed = 0, zeros = 0;  // a bit a token
+#pragma unroll 1
+      for (int i = 0; i < kBatch && first + i < all; ++i) {
+        if (first + i >= span.end) span = SpanOf(p, first + i);
+        if (!span.live) zeros |= 1u << i;
+        if (span.live && first + i >= span.start + kHistory) computed |= 1u << i;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if ((zeros >> i & 1) != 0) y[i] = {};
+        if (((zeros | computed) >> i & 1) != 0) convolution.Store(first + i, y[i]);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) x[i] = x[kBatch + i];
@@ -362,12 +388,11 @@ __global__ void __launch_bounds__(kThreads) CausalConvUpdateKernel(const __grid_
   const int channel_tiles = (p.dim + kTileChannels - 1) / kTileChannels;
   const int row = blockIdx.y;
   const int64_t first = int64_t{row} * p.row_tokens;
-  const int slot = p.cache_indices[row];
-  const bool live = slot >= 0 && slot < p.slots;
+  const bool live = HasSlot(p, row);
   if (static_cast<int>(blockIdx.x) == channel_tiles) {
     const int heads = p.gates.v_heads;
     for (int i = threadIdx.x; i < p.row_tokens * heads; i += kThreads) {
-      StoreGate(p.gates, first + i / heads, i % heads, live);
+      StoreGate(p.gates, first + i / heads, i % heads, GateOrZero(p.gates, first + i / heads, i % heads, live));
     }
     return;
   }
@@ -378,18 +403,23 @@ __global__ void __launch_bounds__(kThreads) CausalConvUpdateKernel(const __grid_
   const Convolution<T, kVector> convolution(p, channels, first_channel);
   const bool wanted = p.out[0] != nullptr;
   if (!live) {
-    for (int t = 0; wanted && t < p.row_tokens; ++t) convolution.StoreZeros(first + t);
+    for (int t = 0; wanted && t < p.row_tokens; ++t) convolution.Store(first + t, Four<T>{});
     return;
   }
   const int tokens = p.lengths == nullptr ? p.row_tokens : min(max(p.lengths[row], 0), p.row_tokens);
   if (tokens == 0) return;
+  const int slot = p.cache_indices[row];
   Four<T> history[kHistory] = {};
   channels.LoadState(slot, history);
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) x[i] = history[i];
   for (int t = 0; t < tokens; ++t) {
     if (t > 0) x[kHistory] = channels.LoadX(first + t);
-    if (wanted) convolution.template StoreTokens<1>(first + t, x);
+    if (wanted) {
+      Four<T> y[1];
+      convolution.Compute(x, y);
+      convolution.Store(first + t, y);
+    }
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) x[i] = history[i] = x[i + 1];
   }
@@ -412,16 +442,15 @@ bool TakesVectors(const CausalConv1dParams& p) {
 
 template <class T, bool kVector>
 int LaunchConv(CUstream_st* stream, const CausalConv1dParams& p) {
-  const int64_t tiles = (p.dim + kTileChannels - 1) / kTileChannels;
-  const bool gates = p.gates.g != nullptr;
   if (p.cu_seqlens == nullptr) {
+    const int tiles = (p.dim + kTileChannels - 1) / kTileChannels;
+    const bool gates = p.gates.g != nullptr;
     const dim3 grid(static_cast<unsigned>(tiles + (gates ? 1 : 0)), static_cast<unsigned>(p.requests));
     return LaunchDependent(stream, CausalConvUpdateKernel<T, kVector>, grid, dim3(kThreads), 0, p);
   }
-  const int64_t blocks =
-      (p.tokens + kTileTokens - 1) / kTileTokens * tiles + (gates ? (p.tokens + kGateTokens - 1) / kGateTokens : 0);
-  return LaunchDependent(stream, CausalConvKernel<T, kVector>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-                         p);
+  const Grid grid(p);
+  return LaunchDependent(stream, CausalConvKernel<T, kVector>, dim3(static_cast<unsigned>(grid.blocks)), dim3(kThreads),
+                         0, p, grid);
 }
 
 }  // namespace

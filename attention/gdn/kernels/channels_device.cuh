@@ -111,13 +111,16 @@ __device__ void NormaliseHeads(Pack<T, kCount> (&y)[kTokens], int head_dim) {
   const float other = __shfl_xor_sync(0xffffffffu, sum[0], 64 / kCount);
   if (head_dim == 128) sum[0] += other;
   const float own_scale = rsqrtf(sum[0] + kNormEpsilon);
+  const unsigned owner = threadIdx.x % 32 / kTokens * kTokens;
+  float scale[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) scale[t] = __shfl_sync(0xffffffffu, own_scale, static_cast<int>(owner + t));
+  if (head_dim == 0) return;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    const float scale = __shfl_sync(0xffffffffu, own_scale, static_cast<int>(threadIdx.x) % 32 / kTokens * kTokens + t);
-    if (head_dim == 0) continue;
     float scaled[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) scaled[i] = y[t].Float(i) * scale;
+    for (int i = 0; i < kCount; ++i) scaled[i] = y[t].Float(i) * scale[t];
     y[t].Set(scaled);
   }
 }
