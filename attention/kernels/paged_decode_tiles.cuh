@@ -55,22 +55,28 @@ class Loader {
     constexpr int kRowsAtOnce = 32 / S::kChunks;
     const int chunk = lane % S::kChunks;
     const unsigned to = ring_ + stage * 2 * S::kHalfStage;
-    const bool one_page = p_.kv.page_size % 16 == 0;
-    const long long stride = p_.kv.token_stride * int{sizeof(Kv)};
+    const auto copy = [&](int row, long long from) {
+      const bool takes = attended >> row & 1;
+      const char* const at = k + (takes ? from + chunk * 16 : 0);
+      const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
+      CopyAsync(place, at, takes);
+      CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
+    };
+    if (p_.kv.page_size % 16 == 0) {
+      // 16 tokens are in one page and a stride apart; any of them tells where.
+      const long long stride = p_.kv.token_stride * int{sizeof(Kv)};
 #pragma unroll
-    for (int half = 0; half < S::kTokens; half += 16) {
-      // Where pages are multiples of 16 tokens, 16 tokens are in one page and a stride apart; any of them tells where.
-      const int known = max(__ffs(attended >> half & 0xffffu) - 1, 0) + half;
-      const long long anchor = one_page ? __shfl_sync(kAllLanes, own, known) - known * stride : 0;
+      for (int half = 0; half < S::kTokens; half += 16) {
+        const int known = max(__ffs(attended >> half & 0xffffu) - 1, 0) + half;
+        const long long first = __shfl_sync(kAllLanes, own, known) + (lane / S::kChunks - known) * stride;
 #pragma unroll
-      for (int i = half; i < half + 16; i += kRowsAtOnce) {
+        for (int i = half; i < half + 16; i += kRowsAtOnce) copy(i + lane / S::kChunks, first + i * stride);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < S::kTokens; i += kRowsAtOnce) {
         const int row = i + lane / S::kChunks;
-        const bool takes = attended >> row & 1;
-        const long long from = one_page ? anchor + row * stride : __shfl_sync(kAllLanes, own, row);
-        const char* const at = k + (takes ? from + chunk * 16 : 0);
-        const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
-        CopyAsync(place, at, takes);
-        CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
+        copy(row, __shfl_sync(kAllLanes, own, row));
       }
     }
     position_ += S::kTile;
