@@ -3,8 +3,9 @@
 //
 // The order of the stream holds only if every thread of such a kernel calls WaitForStream before it touches memory,
 // also where it then has nothing to do: a kernel that ended without waiting could end before the one ahead of it, and
-// the next one would wait for the wrong end. (CUDA C++ Programming Guide, "Programmatic Dependent Launch and
-// Synchronization".)
+// the next one would wait for the wrong end. Hints may come before: what they read is a guess, read again afterwards,
+// and what they fetch goes to L2, where the kernel ahead writes. (CUDA C++ Programming Guide, "Programmatic Dependent
+// Launch and Synchronization".)
 #ifndef PRISTINE_ATTENTION_KERNELS_DEPENDENT_LAUNCH_CUH_
 #define PRISTINE_ATTENTION_KERNELS_DEPENDENT_LAUNCH_CUH_
 

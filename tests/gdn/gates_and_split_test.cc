@@ -194,7 +194,7 @@ TYPED_TEST_SUITE(QkvSplitTest, AllBackends, BackendNames);
 TYPED_TEST(QkvSplitTest, CopiesBitsForContiguousStridedAndTransposedInputs) {
   std::mt19937_64 random(3);
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
-    for (const int64_t tokens : {1, 63, 64, 65, 130}) {
+    for (const int64_t tokens : {1, 63, 65, 127, 128, 130, 257}) {
       this->Run({dtype, tokens, 256, 256, 512, false}, random);
       this->Run({dtype, tokens, 256, 256, 512, true}, random);
       this->Run({dtype, tokens, 256, 256, 512, false, 8}, random);

@@ -1,4 +1,4 @@
-// Some channels of a token in one thread, for the kernels over [tokens, channels] that write q, k and v.
+// Some channels of a token in one thread, for the kernels over [tokens, channels] that write q, k and v; and hints.
 #ifndef PRISTINE_ATTENTION_GDN_KERNELS_CHANNELS_DEVICE_CUH_
 #define PRISTINE_ATTENTION_GDN_KERNELS_CHANNELS_DEVICE_CUH_
 
@@ -173,6 +173,17 @@ class Segments {
   T* to_;
   int row_;
 };
+
+// Whether the block is one of the first, `of_processor` to a multiprocessor: as many as find a place while the kernel
+// ahead ends. Only they gain by hints to L2 before they wait.
+__device__ inline bool BeginsEarly(unsigned block, unsigned of_processor) {
+  unsigned processors;
+  asm("mov.u32 %0, %%nsmid;" : "=r"(processors));
+  return block < of_processor * processors;
+}
+
+// A hint that may come before the wait: L2 has what the kernel ahead writes afterwards.
+__device__ inline void PrefetchL2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 }  // namespace pristine::attention::gdn
 

@@ -1,7 +1,7 @@
-// Two kernels, both with eight channels of a token to a thread's store. Where neighbours in memory are tokens, a thread
-// loads the same eight tokens of eight channels, 16 bytes each, at whatever address a channel starts (with an odd
-// number of tokens, at every one), and transposes in registers: both sides touch whole sectors. (Rows through shared
-// memory, by asynchronous copies, measured 15 % slower.) All else goes as it lies.
+// Two kernels. Where neighbours in memory are tokens, a thread loads the same eight tokens of eight channels, 16 bytes
+// each, at whatever address a channel starts (with an odd number of tokens, at every one), and transposes in registers;
+// through shared memory threads then get rows of tokens, so that both sides touch whole sectors. (Rows of
+// inputs through shared memory, by asynchronous copies, measured 15 % slower.) All else goes as it lies.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -69,18 +69,20 @@ __global__ void __launch_bounds__(kThreads) QkvSplitTokensKernel(const __grid_co
   }
 }
 
-// The transposing kernel's tile: each of its warps has 32 channels of all its tokens, so that a head is in one block.
-constexpr int kTransposedThreads = 128;
-constexpr int kLanes = 8;  // of a warp's threads along the tokens; the others lie along the channels
-template <class T>
+constexpr int kTransposedThreads = 256;
+constexpr int kTransposedBlocks = 3;  // on a multiprocessor
+// The transposing kernel's tile. kLanes: of a warp's threads along the tokens; the others lie along the channels. The
+// longer the pieces of channels, the fewer sectors are read twice where channels do not start at one: 32, unless heads
+// are normalised, which have to be in one block.
+template <class T, int kLanes>
 struct TransposedTile {
   static constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // tokens of a thread
   static constexpr int kTokens = kLanes * kVector;
-  static constexpr int kWarpChannels = 32 / kLanes * kPer;
-  static constexpr int kChannels = kTransposedThreads / 32 * kWarpChannels;
+  static constexpr int kChannels = kTransposedThreads / kLanes * kPer;
+  static constexpr int kRow = kChannels / kPer;  // threads of a row of outputs
   // Blocks next to each other are the same channels of this many tiles along the tokens, then the next channels: both
   // what is read and what is written at a time lies in long pieces.
-  static constexpr int kGroup = 64;
+  static constexpr int kGroup = 256 / kLanes;
   static __host__ __device__ int64_t Tiles(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
   static __host__ __device__ int64_t ChannelTiles(int32_t dim) { return (dim + kChannels - 1) / kChannels; }
 };
@@ -102,44 +104,11 @@ __device__ uint32_t WordOf(const uint4& vector, int i) {
   return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
 
-// NormaliseHeads for a tile: a warp's sums lie across its threads, a head's across two or four warps. All threads of
-// the block call it.
-template <class T, int kTokens>
-__device__ void NormaliseTile(Eight<T> (&y)[kTokens], int head_dim) {
-  constexpr int kTileTokens = kLanes * kTokens;
-  __shared__ float sums[kTransposedThreads / 32][kTileTokens];
-  const int warp = threadIdx.x / 32, along = threadIdx.x % kLanes;
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    float fours[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) fours[i / 4] = fmaf(y[t].Float(i), y[t].Float(i), fours[i / 4]);
-    float sum = fours[0] + fours[1];
-#pragma unroll
-    for (int step = kLanes; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % 32 < kLanes) sums[warp][along * kTokens + t] = sum;
-  }
-  __syncthreads();
-  const int first = head_dim == 128 ? 0 : warp / 2 * 2;
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const int at = along * kTokens + t;
-    float sum = sums[first][at] + sums[first + 1][at];
-    if (head_dim == 128) sum += sums[2][at] + sums[3][at];
-    const float scale = rsqrtf(sum + kNormEpsilon);
-    float scaled[kPer];
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) scaled[i] = y[t].Float(i) * scale;
-    y[t].Set(scaled);
-  }
-}
-
 // kAligned: every channel starts at a multiple of 16 bytes.
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kTransposedThreads, 5)
+template <class T, int kLanes, bool kAligned>
+__global__ void __launch_bounds__(kTransposedThreads, kTransposedBlocks)
     QkvSplitTransposedKernel(const __grid_constant__ QkvSplitParams p) {
-  WaitForStream();
-  using Tile = TransposedTile<T>;
+  using Tile = TransposedTile<T, kLanes>;
   constexpr int kVector = Tile::kVector;
   int64_t channel_tiles = p.gates.g == nullptr ? 0 : 1;
 #pragma unroll
@@ -156,6 +125,7 @@ __global__ void __launch_bounds__(kTransposedThreads, 5)
     segment_start += p.dim[segment++];
   }
   if (segment == 3) {
+    WaitForStream();
     StoreGates(p.gates, tile_token, static_cast<int>(min(int64_t{Tile::kTokens}, p.tokens - tile_token)));
     return;
   }
@@ -170,10 +140,16 @@ __global__ void __launch_bounds__(kTransposedThreads, 5)
   const T* const from = mixed + (segment_start + channel) * p.stride_d + token;
   const int64_t all_channels = int64_t{p.dim[0]} + p.dim[1] + p.dim[2];
   const T* const end = mixed + p.tokens + (all_channels - 1) * p.stride_d;
+  // Of the first blocks' inputs what is in memory already: they are asked for while the kernel ahead ends.
+  if (BeginsEarly(blockIdx.x, kTransposedBlocks) && along % 8 == 0 && tokens == kVector && channels == kPer) {
+#pragma unroll
+    for (int c = 0; c < kPer; ++c) PrefetchL2(from + c * p.stride_d);
+  }
+  WaitForStream();
   // The vectors that a channel's tokens lie in may reach kVector - 1 elements beyond them on either side.
   constexpr int kReach = kAligned ? 0 : kVector;
-  const bool inside = tokens == kVector && channels == kPer && from - mixed >= kReach &&
-                      end - from >= (kPer - 1) * p.stride_d + kVector + kReach;
+  const bool inside =
+      channels == kPer && from - mixed >= kReach && end - from >= (kPer - 1) * p.stride_d + kVector + kReach;
   uint4 in[kPer];  // each the tokens of one channel
   if (kAligned ? inside : __all_sync(0xffffffffu, inside)) {
     const auto vector_at = [](const T* at) {
@@ -181,11 +157,11 @@ __global__ void __launch_bounds__(kTransposedThreads, 5)
     };
     // The second vector of a channel is the first of the next thread's. The last thread's are loaded one by each.
     uint4 behind = {};
-    if constexpr (!kAligned) behind = vector_at(from + along * (p.stride_d - kVector))[kLanes];
+    if constexpr (!kAligned) behind = vector_at(from + along % kPer * p.stride_d - along * kVector)[kLanes];
 #pragma unroll
     for (int c = 0; c < kPer; ++c) in[c] = *vector_at(from + c * p.stride_d);
     if constexpr (!kAligned) {
-      static_assert(kLanes == kPer);
+      static_assert(kLanes >= kPer);
 #pragma unroll
       for (int c = 0; c < kPer; ++c) {
         const auto next = [&](uint32_t word, uint32_t word_behind) {
@@ -220,21 +196,37 @@ __global__ void __launch_bounds__(kTransposedThreads, 5)
       }
     }
   }
-  if (p.norm_head_dim != 0 && segment < 2) NormaliseTile(y, p.norm_head_dim);
-  T* const to = static_cast<T*>(p.out[segment]) + token * dim + channel;
+  // Which place of a row eight channels have turns with a thread's tokens: they are apart by multiples of all banks.
+  __shared__ Eight<T> rows[Tile::kTokens][Tile::kRow];
+  const int eight = static_cast<int>(threadIdx.x) / kLanes;
+#pragma unroll
+  for (int t = 0; t < kVector; ++t) rows[along * kVector + t][eight ^ along % 8] = y[t];
+  __syncthreads();
+  // Now a row to as many threads that follow each other.
+  constexpr int kAtOnce = 4, kRowsBetween = kTransposedThreads / Tile::kRow;
+  const int at = static_cast<int>(threadIdx.x) % Tile::kRow, first = static_cast<int>(threadIdx.x) / Tile::kRow;
+  const int of_row = min(kPer, dim - static_cast<int>(place) * Tile::kChannels - at * kPer);
+  T* const to = static_cast<T*>(p.out[segment]) + static_cast<int>(place) * Tile::kChannels + at * kPer;
   const bool whole =
-      channels == kPer && reinterpret_cast<uintptr_t>(to) % 16 == 0 && dim * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+      of_row == kPer && reinterpret_cast<uintptr_t>(to) % 16 == 0 && dim * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+#pragma unroll 1
+  for (int row = first; row < Tile::kTokens; row += kAtOnce * kRowsBetween) {
+    Eight<T> z[kAtOnce];
 #pragma unroll
-  for (int t = 0; t < kVector; ++t) {
-    if (t >= tokens) return;
-    T* const row = to + static_cast<int64_t>(t) * dim;
-    if (whole) {
-      *reinterpret_cast<Eight<T>*>(row) = y[t];
-    } else {
-      using Bits = typename BitsOf<T>::Type;
+    for (int i = 0; i < kAtOnce; ++i) z[i] = rows[row + i * kRowsBetween][at ^ (row + i * kRowsBetween) / kVector % 8];
+    if (kLanes == 16 && p.norm_head_dim != 0) NormaliseHeads(z, segment < 2 ? p.norm_head_dim : 0);
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        if (i < channels) reinterpret_cast<Bits*>(row)[i] = static_cast<Bits>(y[t].Bits(i));
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t of = tile_token + row + i * kRowsBetween;
+      if (of >= p.tokens) continue;
+      if (whole) {
+        *reinterpret_cast<Eight<T>*>(to + of * dim) = z[i];
+      } else {
+        using Bits = typename BitsOf<T>::Type;
+#pragma unroll
+        for (int c = 0; c < kPer; ++c) {
+          if (c < of_row) reinterpret_cast<Bits*>(to + of * dim)[c] = static_cast<Bits>(z[i].Bits(c));
+        }
       }
     }
   }
@@ -249,16 +241,15 @@ bool Multiples(const QkvSplitParams& p, int32_t element_bytes, uintptr_t bytes) 
   return bits % bytes == 0;
 }
 
-template <class T>
+template <class T, int kLanes>
 int LaunchTransposed(CUstream_st* stream, const QkvSplitParams& p) {
-  using Tile = TransposedTile<T>;
+  using Tile = TransposedTile<T, kLanes>;
   int64_t blocks = p.gates.g == nullptr ? 0 : 1;
   for (const int32_t dim : p.dim) blocks += Tile::ChannelTiles(dim);
   const dim3 grid(static_cast<unsigned>(blocks * Tile::Tiles(p.tokens)));
-  if (reinterpret_cast<uintptr_t>(p.mixed) % 16 == 0 && p.stride_d * sizeof(T) % 16 == 0) {
-    return LaunchDependent(stream, QkvSplitTransposedKernel<T, true>, grid, dim3(kTransposedThreads), 0, p);
-  }
-  return LaunchDependent(stream, QkvSplitTransposedKernel<T, false>, grid, dim3(kTransposedThreads), 0, p);
+  const bool aligned = reinterpret_cast<uintptr_t>(p.mixed) % 16 == 0 && p.stride_d * sizeof(T) % 16 == 0;
+  const auto kernel = aligned ? QkvSplitTransposedKernel<T, kLanes, true> : QkvSplitTransposedKernel<T, kLanes, false>;
+  return LaunchDependent(stream, kernel, grid, dim3(kTransposedThreads), 0, p);
 }
 
 template <class T>
@@ -272,14 +263,17 @@ int LaunchTokens(CUstream_st* stream, const QkvSplitParams& p) {
   return LaunchDependent(stream, QkvSplitTokensKernel<T, false>, grid, dim3(kThreads), 0, p);
 }
 
+template <class T>
+int LaunchSplit(CUstream_st* stream, const QkvSplitParams& p) {
+  if (p.stride_t != 1 || p.stride_d == 1) return LaunchTokens<T>(stream, p);
+  return p.norm_head_dim == 0 ? LaunchTransposed<T, 32>(stream, p) : LaunchTransposed<T, 16>(stream, p);
+}
+
 }  // namespace
 
 int QkvSplitCuda(CUstream_st* stream, const QkvSplitParams& params) {
-  const bool narrow = params.dtype == DType::kBFloat16;
-  if (params.stride_t == 1 && params.stride_d != 1) {
-    return narrow ? LaunchTransposed<__nv_bfloat16>(stream, params) : LaunchTransposed<float>(stream, params);
-  }
-  return narrow ? LaunchTokens<__nv_bfloat16>(stream, params) : LaunchTokens<float>(stream, params);
+  return params.dtype == DType::kBFloat16 ? LaunchSplit<__nv_bfloat16>(stream, params)
+                                          : LaunchSplit<float>(stream, params);
 }
 
 }  // namespace pristine::attention::gdn

@@ -28,6 +28,9 @@ template <class State>
 constexpr int kDecodeRows = 8 / static_cast<int>(sizeof(State));
 constexpr int kRowsOfMany = 8;
 
+// Of a multiprocessor, that ask for their states early. More ask for so much that it is dropped again.
+constexpr int kEarlyBlocks = 6;
+
 __device__ float AsFloat(float value) { return value; }
 __device__ float AsFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ void Assign(float& to, float value) { to = value; }
@@ -166,15 +169,7 @@ __device__ void HintState(const RecurrentParams& p, int64_t row, int64_t first, 
   const int at = static_cast<int>(threadIdx.x) * 128;
   if (index < 0 || index >= p.slots || at >= bytes) return;
   const State* const state = static_cast<const State*>(p.states) + index * p.slot_stride + first;
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(state) + at));
-}
-
-// Whether the block is one of the first, of as many to a multiprocessor as find a place while the kernel ahead ends.
-// More of them ask for so much that it is dropped again.
-__device__ bool BeginsEarly() {
-  unsigned processors;
-  asm("mov.u32 %0, %%nsmid;" : "=r"(processors));
-  return blockIdx.y * gridDim.x + blockIdx.x < 6 * processors;
+  PrefetchL2(reinterpret_cast<const char*>(state) + at);
 }
 
 // kRows: V rows of a thread. With 64 bytes of the state to a thread, a token at most.
@@ -195,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kRows == kDecodeRows<State> ? 18 : 8
   if constexpr (kRows == kDecodeRows<State>) {
     constexpr int kBlockRows = kWarpRows * (kThreads / 32);
     static_assert(kThreads * 128 >= kBlockRows * kDim * static_cast<int>(sizeof(State)));
-    if (BeginsEarly()) {
+    if (BeginsEarly(blockIdx.y * gridDim.x + blockIdx.x, kEarlyBlocks)) {
       const int64_t first = (int64_t{head} * kDim + part * kBlockRows) * kDim;
       HintState<State>(p, row, first, kBlockRows * kDim * static_cast<int>(sizeof(State)));
     }
