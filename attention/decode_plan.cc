@@ -289,7 +289,7 @@ int64_t ScratchValues(const DecodePlanConfig& config, int multiprocessors) {
     return items * config.q_len * config.q_heads * (config.head_dim + 1);
   }
   const int64_t blocks = int64_t{BlocksPerMultiprocessor(config)} * multiprocessors;
-  return blocks * (2 * kDecodeTileRows * (config.head_dim + 1) + 1);
+  return 2 * blocks * (kDecodeTileRows * (config.head_dim + 1) + 1);
 }
 
 absl::StatusOr<std::unique_ptr<DecodePlan>> DecodePlan::Create(BufferManager& manager, const DecodePlanConfig& given) {
@@ -338,7 +338,7 @@ absl::Status DecodePlan::RegisterDeviceScratch() {
   for (const Extent& bucket : config_.buckets) workspaces_.push_back({.bucket = bucket, .max_items = 0, .values = {}});
   blocks_ = BlocksPerMultiprocessor(config_) * manager_.device().multiprocessors();
   if (blocks_ == 0) return absl::OkStatus();
-  const std::vector<uint32_t> zeros(static_cast<size_t>(blocks_));
+  const std::vector<uint32_t> zeros(size_t{2} * blocks_);
   PRISTINE_ASSIGN_OR_RETURN(counters_,
                             manager_.Register<uint32_t>({.name = config_.name + ".counters", .role = Role::kRestored},
                                                         absl::MakeConstSpan(zeros)));

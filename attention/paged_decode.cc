@@ -176,6 +176,7 @@ absl::Status PagedDecode::Run(Stream& stream, const Extent& bucket, const Decode
                               .max_items = 0,
                               .blocks = plan_.blocks_,
                               .most_tiles = MostTiles(config, rows),
+                              .row_tokens = config.max_row_tokens,
                               .window = config.window,
                               .scale_log2 = scale_ * kLog2E,
                               .soft_cap = config.soft_cap,

@@ -28,12 +28,13 @@ struct PagedDecodeParams {
                         // [2 * blocks, DecodeTileRows, head_dim]
   float* partial_lse;   // [max_items, q_len, q_heads], base 2, -inf: the item attends nothing; or [2 * blocks,
                         // DecodeTileRows]
-  uint32_t* counters;   // [blocks] zeros, and zeros again when the kernel ends; without a plan
+  uint32_t* counters;   // [2 * blocks] zeros, and zeros again when the kernel ends; without a plan
   int32_t rows, q_len;  // query i of a row stands at position length - q_len + i
   int32_t q_heads, head_dim;
   int32_t max_items;   // of the plan
   int32_t blocks;      // of the grid without a plan
   int32_t most_tiles;  // of a row, DecodeTiles; a longer row is cut off there. Without a plan
+  int32_t row_tokens;  // that are not expected to be exceeded; longer rows are slower. 0: unknown. Without a plan
   int32_t window;      // positions seen, the query's own included; 0: all
   float scale_log2;    // scale * log2(e): scores are in base 2
   float soft_cap;      // of logits; 0: none

@@ -1,6 +1,6 @@
 // A block at work, from pieces to results. It runs through the tiles of its pieces, then merges its warps' shares. Each
-// piece becomes either the result of a whole unit, or a partial result, which the last of a unit's blocks to arrive
-// merges, always in the blocks' order. What it does before the kernel ahead of it has ended is in Begin and Hint.
+// piece becomes either the result of a whole unit, or a partial result (paged_decode_merge.cuh). What it does before
+// the kernel ahead of it has ended is in Begin and Hint.
 #ifndef PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_BLOCK_CUH_
 #define PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_BLOCK_CUH_
 
@@ -12,6 +12,7 @@
 #include "attention/kernels/dependent_launch.cuh"
 #include "attention/kernels/mma_sm80.cuh"
 #include "attention/kernels/paged_decode.h"
+#include "attention/kernels/paged_decode_merge.cuh"
 #include "attention/kernels/paged_decode_schedule.cuh"
 #include "attention/kernels/paged_decode_tiles.cuh"
 #include "attention/kernels/plan_layout.h"
@@ -19,50 +20,9 @@
 namespace pristine::attention {
 namespace decode_mma {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 template <class S>
 constexpr int SharedBytes(int rows) {
   return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) + 4 * (rows + 1);
-}
-
-// What became of one row of a piece. The top of scores that are all NaN is -inf, too: only the mass tells them from
-// nothing to attend.
-struct Total {
-  float top, mass;
-  __device__ float Lse() const { return mass == 0.0f ? -CUDART_INF_F : top + log2f(mass); }
-};
-
-__device__ inline void AddScaled(float4& sum, float4 x, float factor) {
-  sum = {fmaf(x.x, factor, sum.x), fmaf(x.y, factor, sum.y), fmaf(x.z, factor, sum.z), fmaf(x.w, factor, sum.w)};
-}
-__device__ inline float4 Scaled(float4 x, float factor) {
-  return {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
-}
-
-// One head's result: four dimensions of it, and its LSE from the thread that has the first ones. `sum` is over
-// total.mass at total.top.
-template <class T, int kHeadDim>
-__device__ inline void WriteResult(const DecodeLaunch& launch, const Piece& piece, int row, int dim, float4 sum,
-                                   Total total) {
-  const PagedDecodeParams& p = launch.p;
-  const long long place = HeadPlace(launch, piece.row, piece.kv_head, piece.first_m + row);
-  float factor = 0.0f;
-  if (total.mass != 0.0f) {
-    factor = p.kv.v_scale == nullptr ? 1.0f : *p.kv.v_scale;
-    if (p.sinks != nullptr) {
-      const float sink = p.sinks[place % p.q_heads] * kLog2E;
-      const float top = fmaxf(total.top, sink);
-      const float decay = Exp2(total.top - top);
-      total = {top, fmaf(total.mass, decay, Exp2(sink - top))};
-      factor *= decay;
-    }
-    factor /= total.mass;
-  }
-  const float4 x = Scaled(sum, factor);
-  *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + place * kHeadDim + dim) = {PackPair(T{}, x.x, x.y),
-                                                                                PackPair(T{}, x.z, x.w)};
-  if (dim == 0 && p.lse != nullptr) p.lse[place].value = total.Lse();
 }
 
 template <class T, class Kv, int kHeadDim, int kMTiles>
@@ -70,7 +30,9 @@ class Block {
  public:
   using S = Shape<Kv, kHeadDim, kMTiles>;
   using WarpState = State<T, Kv, kHeadDim, kMTiles>;
-  static constexpr int kVecs = kHeadDim / 4;  // float4 of a row
+  static constexpr int kVecs = kHeadDim / 4;                 // float4 of a row
+  static constexpr bool kIsFull = kMTiles * kHeadDim > 128;  // of registers, by the sums alone
+  using MergerOf = Merger<T, kHeadDim, kIsFull>;
 
   __device__ Block(const DecodeLaunch& launch, unsigned char* shared)
       : launch_(launch),
@@ -82,7 +44,8 @@ class Block {
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         ring_(SharedAddress(shared) + warp_ * S::kRing),
-        loader_(launch, ring_, small_.attended[warp_]) {}
+        loader_(launch, ring_, small_.attended[warp_]),
+        merger_(launch, small_.is_last) {}
 
   __device__ void Run() {
     LetNextBegin();  // all blocks fit on the device: what comes next takes none of their places
@@ -92,31 +55,25 @@ class Block {
       RunItem();
       return;
     }
-    int begin;
     Piece piece;
-    Begin(begin, piece);
-    if (begin < end_) RunPieces(begin, piece);
+    Begin(piece);
+    if (line_.begin < line_.end) RunPieces(piece);
     ClearEmptyRows();
   }
 
  private:
   // Finds the block's part of the line and its first piece, and has the loader at its start. Early it is a guess,
   // which is checked after the wait, together with the first look-ups, and made anew where it was wrong.
-  __device__ void Begin(int& begin, Piece& piece) {
+  __device__ void Begin(Piece& piece) {
     bool waited = !p_.begins_early;
     if (waited) WaitForStream();
 #pragma unroll 1
     for (;;) {
-      const int filled = ScanRows<S::kTile>(p_, prefix_, small_);
-      line_.Divide(launch_, filled, gridDim.x);
-      const bool works = static_cast<int>(blockIdx.x) < line_.blocks;
-      begin = end_ = 0;
+      const int like = ScanRows<S::kTile>(p_, prefix_, small_);
+      line_.Divide(launch_, like, blockIdx.x, gridDim.x);
+      const bool works = line_.begin < line_.end;
       piece.row = -1;
-      if (works) {
-        begin = line_.BeginOf(blockIdx.x);
-        end_ = line_.BeginOf(blockIdx.x + 1);
-        piece = PieceAt<S>(launch_, line_, begin, end_);
-      }
+      if (works) piece = PieceAt<S>(launch_, line_, line_.begin, {.row = -1, .pages = nullptr, .length = 0});
       if (!waited && works) Hint(piece);
       if (!waited) WaitForStream();
       if (works) loader_.Start(piece);
@@ -185,15 +142,16 @@ class Block {
     }
     piece.tile = piece.low / S::kTile;
     piece.tiles = (piece.high + S::kTile - 1) / S::kTile - piece.tile;
-    end_ = piece.tiles;
+    line_.begin = 0;
+    line_.end = piece.tiles;
     loader_.Start(piece);
-    RunPieces(0, piece);
+    RunPieces(piece);
   }
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
   __device__ void LoadNext(int stage) {
-    if (__builtin_expect(loader_.left() == 0 && ahead_ < end_, 0)) {
-      const Piece piece = PieceAt<S>(launch_, line_, ahead_, end_);
+    if (__builtin_expect(loader_.left() == 0 && ahead_ < line_.end, 0)) {
+      const Piece piece = PieceAt<S>(launch_, line_, ahead_, loader_.row());
       ahead_ += piece.tiles;
       loader_.Start(piece);
     }
@@ -202,15 +160,15 @@ class Block {
   }
 
   // The loader is at the first piece's start.
-  __device__ void RunPieces(int begin, Piece piece) {
+  __device__ void RunPieces(Piece piece) {
     Queries<kHeadDim, kMTiles> queries;
     LoadQueries<T>(launch_, piece, queries);
-    ahead_ = begin + piece.tiles;
+    ahead_ = line_.begin + piece.tiles;
     for (int stage = 0; stage < S::kStages - 1; ++stage) LoadNext(stage);
     const ScoreScale scale = ScoreScaleOf(p_);
     WarpState state;
     int stage = 0;
-    for (int at = begin;;) {
+    for (int at = line_.begin;;) {
       StoreQueries<T, Kv>(queries, turn_, small_);
       __syncthreads();
       float inner[kMTiles][2];
@@ -249,10 +207,20 @@ class Block {
         ++piece.tile;
         stage = stage == S::kStages - 1 ? 0 : stage + 1;
       }
-      Finish(piece, state, at >= end_);
-      if (at >= end_) return;
-      piece = PieceAt<S>(launch_, line_, at, end_);
-      LoadQueries<T>(launch_, piece, queries);
+      // The next queries are on their way meanwhile, where there are registers for them.
+      Piece next;
+      const KnownRow row = {piece.row, piece.pages, piece.length};
+      if (!kIsFull && at < line_.end) {
+        next = PieceAt<S>(launch_, line_, at, row);
+        LoadQueries<T>(launch_, next, queries);
+      }
+      Finish(piece, state, at >= line_.end);
+      if (at >= line_.end) return;
+      if (kIsFull) {
+        next = PieceAt<S>(launch_, line_, at, row);
+        LoadQueries<T>(launch_, next, queries);
+      }
+      piece = next;
     }
   }
 
@@ -294,12 +262,6 @@ class Block {
   __device__ long long ItemPlace(const Piece& piece, int row) const {
     return HeadPlace(launch_, blockIdx.x, piece.kv_head, piece.first_m + row);
   }
-  // Of a piece's row among the partial results of blocks: first those that begin a unit, then those that go on with
-  // one.
-  __device__ long long BlockPlace(int block, bool begins, int row) const {
-    return (begins ? block : static_cast<long long>(gridDim.x) + block) * kDecodeTileRows + row;
-  }
-
   // Makes a result, or a partial one, of what the warps have. All threads; ends with a barrier. The last piece's warps
   // leave their sums in their rings, which are empty by then, others a few rows at a time.
   __device__ void Finish(const Piece& piece, WarpState& state, bool is_last) {
@@ -362,95 +324,17 @@ class Block {
           if (whole) {
             WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
           } else {
-            const long long place = planned ? ItemPlace(piece, row) : BlockPlace(blockIdx.x, begins, row);
-            float factor = total.mass != 0.0f ? 1.0f / total.mass : 0.0f;
-            if (planned && p_.kv.v_scale != nullptr) factor *= *p_.kv.v_scale;
-            *reinterpret_cast<float4*>(p_.partial_out + place * kHeadDim + dim) = Scaled(sum, factor);
-            if (dim == 0) p_.partial_lse[place] = total.Lse();
+            const long long place = planned ? ItemPlace(piece, row) : MergerOf::Place(blockIdx.x, begins, row);
+            const float scale = planned && p_.kv.v_scale != nullptr ? *p_.kv.v_scale : 1.0f;
+            merger_.WritePartial(place, dim, sum, total, scale);
           }
         }
       }
       __syncthreads();
     }
     if (planned || whole) return;
-    if (threadIdx.x == 0) {
-      // Wraps to zero with the last one. Only one split unit begins in a block, so the block's counter is the unit's.
-      const unsigned others = static_cast<unsigned>(piece.last_block - piece.first_block);
-      small_.is_last = IncrementAcqRel(p_.counters + piece.first_block, others) == others;
-    }
+    merger_.Deliver(piece, rows, begins);
     __syncthreads();
-    if (small_.is_last) {
-      if (rows <= 8) {
-        Merge<1>(piece, rows);
-      } else {
-        Merge<4>(piece, rows);
-      }
-    }
-    __syncthreads();
-  }
-
-  // The partial results of a unit's blocks, in their order. A thread has kItems results in hand, with a load for each
-  // of kAtOnce blocks under way.
-  template <int kItems>
-  __device__ void Merge(const Piece& piece, int rows) {
-    constexpr int kAtOnce = 16 / kItems / kMTiles;
-    const int items = rows * kVecs;
-    for (int i = threadIdx.x; i < items; i += kItems * kThreads) {
-      // The first block's part lies apart, the others' one after the other.
-      Total total[kItems];
-      float4 sum[kItems];
-      const float* lses[kItems];
-      const float* parts[kItems];
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        const int row = min(i + k * kThreads, items - 1) / kVecs, dim = i % kVecs * 4;
-        const long long first = BlockPlace(piece.first_block, true, row);
-        const long long next = BlockPlace(piece.first_block + 1, false, row);
-        total[k].top = __ldcg(p_.partial_lse + first);
-        sum[k] = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + first * kHeadDim + dim));
-        lses[k] = p_.partial_lse + next;
-        parts[k] = p_.partial_out + next * kHeadDim + dim;
-      }
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) total[k].mass = total[k].top == -CUDART_INF_F ? 0.0f : 1.0f;
-      for (int left = piece.last_block - piece.first_block; left > 0; left -= kAtOnce) {
-        float lse[kItems][kAtOnce];
-        float4 part[kItems][kAtOnce];
-#pragma unroll
-        for (int k = 0; k < kItems; ++k) {
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            lse[k][j] = -CUDART_INF_F;
-            part[k][j] = {0, 0, 0, 0};
-            LoadIf(j < left, lses[k] + j * kDecodeTileRows, lse[k][j]);
-            LoadIf(j < left, parts[k] + j * kDecodeTileRows * kHeadDim, part[k][j]);
-          }
-          lses[k] += kAtOnce * kDecodeTileRows;
-          parts[k] += kAtOnce * kDecodeTileRows * kHeadDim;
-        }
-#pragma unroll
-        for (int k = 0; k < kItems; ++k) {
-          float top = total[k].top;
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, lse[k][j]);
-          const float safe = top == -CUDART_INF_F ? 0.0f : top;
-          const float decay = Exp2(total[k].top - safe);
-          total[k] = {top, total[k].mass * decay};
-          sum[k] = Scaled(sum[k], decay);
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            const float weight = Exp2(lse[k][j] - safe);  // 0 of a part that attends nothing; its values are 0, too
-            total[k].mass += weight;
-            AddScaled(sum[k], part[k][j], weight);
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        const int item = i + k * kThreads;
-        if (item < items) WriteResult<T, kHeadDim>(launch_, piece, item / kVecs, item % kVecs * 4, sum[k], total[k]);
-      }
-    }
   }
 
   // Rows without tiles are on nobody's part of the line.
@@ -474,8 +358,9 @@ class Block {
   const int warp_, lane_;
   const unsigned ring_;
   Loader<S, Kv> loader_;
+  const MergerOf merger_;
   Line line_;
-  int end_ = 0, ahead_ = 0;
+  int ahead_ = 0;
 };
 
 }  // namespace decode_mma

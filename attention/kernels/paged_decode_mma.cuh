@@ -1,7 +1,7 @@
 // Decode on tensor cores. The query heads of a KV head, times the query tokens, are the rows of the products ("GQA
 // packed on M"), so K and V are read once for all of them. Each of a block's four warps streams 16 tokens of every
 // 64-token tile through its own ring of cp.async stages: no barrier but a warp's own while a piece is worked on.
-// Here are the kernel and its launcher; the work is in paged_decode_{schedule,tiles,block}.cuh.
+// Here are the kernel and its launcher; the work is in paged_decode_{schedule,tiles,merge,block}.cuh.
 #ifndef PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_MMA_CUH_
 #define PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_MMA_CUH_
 
@@ -60,12 +60,22 @@ int PrepareMma(bool* begins_early) {
 
 }  // namespace decode_mma
 
-// Two m-tiles where a pass has more rows than one, and registers for them.
+// Two m-tiles where a pass has more rows than one, and registers for them. Where there is little to do it is sooner
+// done in twice as many passes of one: they are merged in half the time, and the L2 cache hides that K and V are read
+// twice.
 template <class T, class Kv, int kHeadDim>
 int PagedDecodeCuda(CUstream_st* stream, const PagedDecodeParams& params) {
   if constexpr (kHeadDim <= 128) {
-    if (params.q_heads / params.kv.kv_heads * params.q_len > 16) {
-      return decode_mma::LaunchMma<T, Kv, kHeadDim, 2>(stream, params);
+    const int packed = params.q_heads / params.kv.kv_heads * params.q_len;
+    if (packed > 16) {
+      const int64_t tiles = int64_t{params.row_tokens} / 64 * params.rows * params.kv.kv_heads;
+      const bool few = params.row_tokens > 0 && tiles <= int64_t{decode_mma::kFewTiles} * params.blocks;
+      if (params.plan != nullptr || packed > 32 || !few) {
+        return decode_mma::LaunchMma<T, Kv, kHeadDim, 2>(stream, params);
+      }
+      PagedDecodeParams twice = params;
+      twice.most_tiles = params.most_tiles / 2;  // a row's tiles are counted once for each pass
+      return decode_mma::LaunchMma<T, Kv, kHeadDim, 1>(stream, twice);
     }
   }
   return decode_mma::LaunchMma<T, Kv, kHeadDim, 1>(stream, params);

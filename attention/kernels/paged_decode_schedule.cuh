@@ -21,7 +21,10 @@ constexpr int kThreads = 32 * kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // How work is cut up (Line::Divide), by what was fastest.
-constexpr int kMostParts = 32;  // of a unit
+constexpr int kMostParts = 66;  // of a unit
+constexpr int kFlatRows = 256;  // of partial results that one block merges at once
+constexpr int kManyAtOnce = 4;  // parts under way, of four rows to a warp
+constexpr int kFewTiles = 8;    // of a block: up to so many, passes of one m-tile
 constexpr int kHintTiles = 1;   // of a block's first that are asked for ahead of time
 
 template <class Kv, int kHeadDim, int kMTiles>
@@ -49,6 +52,7 @@ struct alignas(16) Small {
   float query_factor[32];
   unsigned attended[kWarps][12];  // per stage: which of the warp's tokens are
   int scan[kWarps];
+  int first_tiles;  // of the first row
   int is_last;
 };
 
@@ -104,38 +108,52 @@ __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
   return min((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile, p.most_tiles);
 }
 
-// All tiles, and who works on which: the first `longer` blocks take part + 1 of them, the others `part`.
+// All tiles, and who works on which: this block on [begin, end).
 struct Line {
   const int* prefix;  // shared, [rows + 1]: tiles of the rows before
-  int total;
-  int blocks;  // that have work
-  unsigned part, longer;
+  int begin, end;
+  int first_block, last_block;  // that work on this block's units; or first_block is -1, and it is as OwnerOf says
+  unsigned part, longer;        // of all blocks the first `longer` take part + 1 tiles, the others `part`
 
-  // Where rows are alike, blocks end where units do, even if a few have nothing to do: then a unit is whole, or in
-  // equal parts. `filled`: of the rows, those that are not empty.
-  __device__ void Divide(const DecodeLaunch& launch, int filled, int grid) {
+  // Where rows are alike, blocks end where units do, even if a few have nothing to do: then units are whole, or in as
+  // many parts each. `like`: how many rows are as the first is.
+  __device__ void Divide(const DecodeLaunch& launch, int like, int block, int grid) {
     const int tiles = prefix[launch.p.rows];
-    total = tiles * launch.units;
-    if (total == 0) {
-      blocks = 0;
-      return;
-    }
+    const int total = tiles * launch.units;
+    begin = end = 0;
+    if (total == 0) return;
     // Of many packed rows a part is dear to merge.
-    blocks = min(grid, max(1, launch.rows > 8 ? total / 2 : total));
-    const int all = filled * launch.units;
-    if (prefix[1] * filled == tiles) {
+    const int blocks = min(grid, max(1, launch.rows > 8 ? total / 2 : total));
+    if (prefix[1] * like == tiles) {  // no others
+      const int all = like * launch.units;
+      const int each = prefix[1];
       if (all < blocks) {
-        blocks = min(blocks / all, kMostParts) * all;
-      } else {
-        const int each = (all + blocks - 1) / blocks;
-        const int whole = (all + each - 1) / each;
-        if (whole > blocks - blocks / 8) blocks = whole;
+        const int most = min(blocks / all, kMostParts);
+        const int longest = (each + most - 1) / most;
+        const int parts = (each + longest - 1) / longest;
+        const int unit = block / parts;
+        if (unit >= all) return;
+        first_block = unit * parts;
+        last_block = first_block + parts - 1;
+        begin = unit * each + (block - first_block) * longest;
+        end = min(begin + longest, (unit + 1) * each);
+        return;
+      }
+      const int units = (all + blocks - 1) / blocks;  // of a block
+      if ((all + units - 1) / units > blocks - blocks / 8) {
+        first_block = last_block = block;
+        begin = min(block * units, all) * each;
+        end = min((block + 1) * units, all) * each;
+        return;
       }
     }
+    first_block = -1;
     part = static_cast<unsigned>(total) / blocks;
     longer = static_cast<unsigned>(total) % blocks;
+    if (block >= blocks) return;
+    begin = static_cast<int>(block * part + min(static_cast<unsigned>(block), longer));
+    end = static_cast<int>(begin + part + (static_cast<unsigned>(block) < longer ? 1 : 0));
   }
-  __device__ int BeginOf(unsigned block) const { return static_cast<int>(block * part + min(block, longer)); }
   __device__ int OwnerOf(int at) const {
     const unsigned before = longer * (part + 1);
     if (static_cast<unsigned>(at) < before) return at / (part + 1);
@@ -143,41 +161,52 @@ struct Line {
   }
 };
 
+// The piece at a place of the line. `known`: a row with its pages and length, which need not be read again; or row -1.
+struct KnownRow {
+  int row;
+  const int32_t* pages;
+  int length;
+};
 template <class S>
-__device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, int at, int end) {
+__device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, int at, KnownRow known) {
   const PagedDecodeParams& p = launch.p;
   const int tile = launch.by_units.Quotient(at);
-  int low = 0, high = p.rows;  // prefix[low] <= tile < prefix[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (line.prefix[middle] <= tile ? low : high) = middle;
+  if (known.row < 0 || line.prefix[known.row] > tile || line.prefix[known.row + 1] <= tile) {
+    int low = 0, high = p.rows;  // prefix[low] <= tile < prefix[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (line.prefix[middle] <= tile ? low : high) = middle;
+    }
+    const RowPages pages = PagesOf(p.kv, low, FreshRead());
+    known = {low, p.kv.pages + pages.first, LengthOf(pages)};
   }
-  const RowPages pages = PagesOf(p.kv, low, FreshRead());
-  const int before = line.prefix[low];
-  const int tiles = line.prefix[low + 1] - before;
+  const int before = line.prefix[known.row];
+  const int tiles = line.prefix[known.row + 1] - before;
   const unsigned offset = at - before * launch.units;
   const int unit = offset / static_cast<unsigned>(tiles);
   const int done = offset - unit * tiles;
   Piece piece;
-  piece.row = low;
+  piece.row = known.row;
   piece.kv_head = launch.by_passes.Quotient(unit);
   piece.first_m = (unit - piece.kv_head * launch.passes) * S::kRows;
-  piece.pages = p.kv.pages + pages.first;
-  piece.length = LengthOf(pages);
+  piece.pages = known.pages;
+  piece.length = known.length;
   piece.low = FirstSeen(p, piece.length);
   piece.high = piece.length;
   piece.tile = piece.low / S::kTile + done;
-  piece.tiles = min(tiles - done, end - at);
-  piece.first_block = line.OwnerOf(at - done);
-  piece.last_block = line.OwnerOf(at - done + tiles - 1);
+  piece.tiles = min(tiles - done, line.end - at);
+  const bool alike = line.first_block >= 0;
+  piece.first_block = alike ? line.first_block : line.OwnerOf(at - done);
+  piece.last_block = alike ? line.last_block : line.OwnerOf(at - done + tiles - 1);
   return piece;
 }
 
-// prefix[r]: tiles of the rows before r. Returns how many rows have any. All threads of the block; ends with a barrier.
+// prefix[r]: tiles of the rows before r. Returns how many rows have as many as the
+// first, if it has any. All threads of the block; ends with a barrier.
 template <int kTile>
 __device__ inline int ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int before = 0, filled = 0;
+  int before = 0, like = 0;
   if (threadIdx.x == 0) prefix[0] = 0;
   for (int first = 0; first < p.rows; first += kThreads) {
     const int row = first + threadIdx.x;
@@ -189,7 +218,8 @@ __device__ inline int ScanRows(const PagedDecodeParams& p, int* prefix, Small& s
       if (lane >= step) sum += other;
     }
     if (lane == 31) small.scan[warp] = sum;
-    filled += __syncthreads_count(tiles > 0);
+    if (row == 0) small.first_tiles = tiles;
+    __syncthreads();
     int all = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -198,9 +228,9 @@ __device__ inline int ScanRows(const PagedDecodeParams& p, int* prefix, Small& s
     }
     if (row < p.rows) prefix[row + 1] = sum;
     before += all;
-    __syncthreads();
+    like += __syncthreads_count(tiles > 0 && tiles == small.first_tiles);
   }
-  return filled;
+  return like;
 }
 
 }  // namespace decode_mma

@@ -320,6 +320,44 @@ TYPED_TEST(DecodeFeaturesTest, UnevenBatchesAreCutUpRight) {
     lengths[60] = 0;
     lengths[149] = 4096, needles[149] = 0;
     EXPECT_EQ(this->Run(DecodeCase(shape, lengths, needles), 160), "");
+    // As long on average as the first.
+    EXPECT_EQ(this->Run(DecodeCase(shape, {128, 64, 192, 128}, {-1, 63, -1, 127}), 4), "");
+  }
+}
+
+// One row in many blocks, whose partial results are merged in groups and then together: the groups do not depend on who
+// comes when, and the counters are left as they were found.
+TYPED_TEST(DecodeFeaturesTest, LongRowsAreMergedInGroupsAlwaysAlike) {
+  if (this->OnHost()) GTEST_SKIP() << "the Host oracle merges nothing";
+  uint64_t seed = 940;
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const DType kv_dtype : {DType::kBFloat16, DType::kFloat8E4M3}) {
+      for (const int32_t group : {1, 7, 16, 32}) {
+        const DecodeShape shape = {.dtype = DType::kBFloat16,
+                                   .q_heads = 2 * group,
+                                   .kv_heads = 2,
+                                   .head_dim = head_dim,
+                                   .page_size = 16,
+                                   .seed = ++seed,
+                                   .q_len = 1 + static_cast<int32_t>(seed % 4),
+                                   .kv_dtype = kv_dtype};
+        // Alone, and where blocks go on from one row to the next.
+        for (const std::vector<int32_t>& lengths : {std::vector<int32_t>{9001}, {300, 8000, 900, 77}}) {
+          const int32_t rows = static_cast<int32_t>(lengths.size());
+          std::vector<int32_t> needles(rows, -1);
+          needles[rows / 2] = lengths[rows / 2] - 1;
+          const DecodeCase step(shape, lengths, needles);
+          ASSERT_EQ(this->Run(step, rows, {}, 37), "") << shape.ToString();
+          const std::vector<std::byte> first = this->rig_->raw_out;
+          for (int again = 0; again < 2; ++again) {
+            const Extent bucket = {rows, rows * shape.q_len};
+            ASSERT_OK(this->rig_->decode().Run(*this->stream_, bucket, this->rig_->tensors));
+          }
+          ASSERT_OK(this->rig_->ReadBack());
+          EXPECT_EQ(this->rig_->raw_out, first) << shape.ToString();
+        }
+      }
+    }
   }
 }
 

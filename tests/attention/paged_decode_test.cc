@@ -331,6 +331,7 @@ class DecodeMutantTest : public PagedDecodeTest<BackendT> {
          .max_items = max_items,
          .blocks = 0,
          .most_tiles = 0,
+         .row_tokens = 0,
          .window = shape.window,
          .scale_log2 = static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(shape.head_dim)),
          .soft_cap = 0,

@@ -76,6 +76,7 @@ TYPED_TEST(ScheduleRegression, Sglang34190EntriesBehindThePlansCountAreNotRun) {
                     .max_items = kItems,
                     .blocks = 0,
                     .most_tiles = 0,
+                    .row_tokens = 0,
                     .window = 0,
                     .scale_log2 = 1,
                     .soft_cap = 0,

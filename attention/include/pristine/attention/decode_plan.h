@@ -38,7 +38,7 @@ struct DecodePlanConfig {
   int32_t page_size = 1;               // tokens
   int32_t window = 0;                  // positions a query attends, its own included; 0: all
   float soft_cap = 0;                  // logits become soft_cap * tanh(logit / soft_cap); 0: they stay
-  int32_t max_row_tokens = 0;          // R: kHost plans a longer row as R
+  int32_t max_row_tokens = 0;          // R: kHost plans a longer row as R; kDevice is fast up to R
   int32_t worst_row_tokens = 0;        // kHost: what captures and warm-ups see for every row; 0: max_row_tokens
   std::vector<int> derived_from = {};  // kHost: ids of the manager's buffers that go with the lengths planned from
   DecodeScheduler scheduler = DecodeScheduler::kDevice;
@@ -102,7 +102,7 @@ class DecodePlan {
   int32_t blocks_ = 0;                 // of the decode kernel's grid; kDevice only
   Buffer<float> partial_out_;          // PagedDecodeParams::partial_out
   Buffer<float> partial_lse_;          // base 2
-  Buffer<uint32_t> counters_;          // [blocks]
+  Buffer<uint32_t> counters_;          // [2 * blocks]
 };
 
 }  // namespace pristine::attention
