@@ -201,8 +201,8 @@ __device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, in
   return piece;
 }
 
-// prefix[r]: tiles of the rows before r. Returns how many rows have as many as the
-// first, if it has any. All threads of the block; ends with a barrier.
+// prefix[r]: tiles of the rows before r. Returns how many rows have as many as the first, if it has any. All threads of
+// the block; ends with a barrier.
 template <int kTile>
 __device__ inline int ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
