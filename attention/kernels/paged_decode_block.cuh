@@ -50,15 +50,16 @@ class Block {
   __device__ void Run() {
     LetNextBegin();  // all blocks fit on the device: what comes next takes none of their places
     line_.prefix = prefix_;
-    if (p_.plan != nullptr) {
-      WaitForStream();
-      RunItem();
-      return;
-    }
+    const bool planned = p_.plan != nullptr;
     Piece piece;
-    Begin(piece);
-    if (line_.begin < line_.end) RunPieces(piece);
-    ClearEmptyRows();
+    if (planned) {
+      WaitForStream();
+      BeginItem(piece);
+    } else {
+      Begin(piece);
+    }
+    if (line_.begin < line_.end) RunPieces(piece);  // here alone: what is there twice takes longer to be fetched
+    if (!planned) ClearEmptyRows();
   }
 
  private:
@@ -120,11 +121,13 @@ class Block {
     return changed;
   }
 
-  __device__ void RunItem() {
+  // The plan's item instead.
+  __device__ void BeginItem(Piece& piece) {
+    line_.begin = line_.end = 0;
     const int item = blockIdx.x;
     if (item >= min(p_.plan[kPlanCount], p_.max_items)) return;
     const int32_t* const work = p_.plan + PlanItemsAt(p_.rows) + 3LL * item;
-    Piece piece = {};
+    piece = {};
     piece.row = work[0];
     piece.kv_head = launch_.by_passes.Quotient(blockIdx.y);
     piece.first_m = (blockIdx.y - piece.kv_head * launch_.passes) * S::kRows;
@@ -142,10 +145,8 @@ class Block {
     }
     piece.tile = piece.low / S::kTile;
     piece.tiles = (piece.high + S::kTile - 1) / S::kTile - piece.tile;
-    line_.begin = 0;
     line_.end = piece.tiles;
     loader_.Start(piece);
-    RunPieces(piece);
   }
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
@@ -224,13 +225,17 @@ class Block {
     }
   }
 
+  // outer * tanh(score), in few instructions: they lie among those of every tile.
   __device__ static void Cap(float outer, float (&score)[kMTiles][S::kTokens / 8][4]) {
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
       for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) score[t][n][e] = outer * tanhf(score[t][n][e]);
+        for (int e = 0; e < 4; ++e) {
+          float& x = score[t][n][e];
+          x = outer - __fdividef(2.0f * outer, Exp2(2.0f * kLog2E * x) + 1.0f);
+        }
       }
     }
   }
