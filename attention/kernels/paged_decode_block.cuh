@@ -51,72 +51,57 @@ class Block {
     LetNextBegin();  // all blocks fit on the device: what comes next takes none of their places
     line_.prefix = prefix_;
     const bool planned = p_.plan != nullptr;
+    bool guesses = !planned && p_.begins_early;
+    if (!guesses) WaitForStream();
     Piece piece;
-    if (planned) {
-      WaitForStream();
-      BeginItem(piece);
-    } else {
-      Begin(piece);
+#pragma unroll 1
+    for (;;) {
+      if (planned) {
+        BeginItem(piece);
+      } else {
+        Begin(piece);
+      }
+      loader_.Start(piece, FreshRead());
+      if (guesses) {
+        loader_.Hint();
+        WaitForStream();
+      }
+      if (!Prepare(piece, guesses)) break;
+      guesses = false;
     }
-    if (line_.begin < line_.end) RunPieces(piece);  // here alone: what is there twice takes longer to be fetched
+    if (piece.tiles > 0) RunPieces(piece);
     if (!planned) ClearEmptyRows();
   }
 
  private:
-  // Finds the block's part of the line and its first piece, and has the loader at its start. Early it is a guess,
-  // which is checked after the wait, together with the first look-ups, and made anew where it was wrong.
+  // Where there is nothing to do.
+  __device__ Piece NoPiece() const {
+    Piece piece = {};
+    piece.row = -1;
+    piece.first_m = launch_.rows;
+    return piece;
+  }
+  // Finds the block's part of the line and its first piece.
   __device__ void Begin(Piece& piece) {
-    bool waited = !p_.begins_early;
-    if (waited) WaitForStream();
-#pragma unroll 1
-    for (;;) {
-      const int like = ScanRows<S::kTile>(p_, prefix_, small_);
-      line_.Divide(launch_, like, blockIdx.x, gridDim.x);
-      const bool works = line_.begin < line_.end;
-      piece.row = -1;
-      if (works) piece = PieceAt<S>(launch_, line_, line_.begin, {.row = -1, .pages = nullptr, .length = 0});
-      if (!waited && works) Hint(piece);
-      if (!waited) WaitForStream();
-      if (works) loader_.Start(piece);
-      if (waited || !__syncthreads_or(Changed(piece))) return;
-      waited = true;
+    const int like = ScanRows<S::kTile>(p_, prefix_, small_);
+    line_.Divide(launch_, like, blockIdx.x, gridDim.x);
+    piece = NoPiece();
+    if (line_.begin < line_.end) {
+      piece = PieceAt<S>(launch_, line_, line_.begin, {.row = -1, .pages = nullptr, .length = 0});
     }
   }
-  // Asks for a piece's first tiles. A guess may name anything: what is asked for is in the pool.
-  __device__ void Hint(const Piece& piece) const {
-    constexpr int kLines = (S::kRowBytes + 127) / 128;                    // of a token's K or V
-    constexpr int kEach = (S::kTile * kLines + kThreads - 1) / kThreads;  // of a thread and tile
-    int page[kHintTiles * kEach];
-    const auto position_of = [&](int i) {
-      return (piece.tile + i / kEach) * S::kTile + (threadIdx.x + i % kEach * kThreads) / kLines;
-    };
-#pragma unroll
-    for (int i = 0; i < kHintTiles * kEach; ++i) {
-      const int position = position_of(i);
-      const bool is_there = i / kEach < piece.tiles && position >= piece.low && position < piece.high;
-      page[i] = is_there ? FreshRead()(piece.pages + launch_.by_page.Quotient(position)) : -1;
-    }
-#pragma unroll
-    for (int i = 0; i < kHintTiles * kEach; ++i) {
-      if (page[i] < 0 || page[i] >= p_.kv.num_pages) continue;
-      const int position = position_of(i);
-      const int in_page = position - launch_.by_page.Quotient(position) * p_.kv.page_size;
-      const long long at =
-          (page[i] * p_.kv.page_stride + in_page * p_.kv.token_stride + piece.kv_head * p_.kv.head_stride) *
-              int{sizeof(Kv)} +
-          threadIdx.x % kLines * 128;
-      PrefetchL2(static_cast<const char*>(p_.kv.k) + at);
-      PrefetchL2(static_cast<const char*>(p_.kv.v) + at);
-    }
-  }
-  // Whether the page table is not what the guess was made of, as far as it matters to this block.
-  __device__ bool Changed(const Piece& piece) const {
+  // Whether the page table is not what the guess was made of, as far as it matters to this block. `words`: of this
+  // thread's first row, read again.
+  __device__ bool Changed(const Piece& piece, RowWords words) const {
     bool changed = false;
-    for (int row = threadIdx.x; row < p_.rows; row += kThreads) {
-      const RowPages pages = PagesOf(p_.kv, row, FreshRead());
+#pragma unroll 1
+    for (int row = threadIdx.x; row < p_.rows;) {
+      const RowPages pages = Clipped(p_.kv, row, words);
       const int length = LengthOf(pages);
       changed |= TilesOf<S::kTile>(p_, length) != prefix_[row + 1] - prefix_[row];
       if (row == piece.row) changed |= length != piece.length || p_.kv.pages + pages.first != piece.pages;
+      row += kThreads;
+      if (row < p_.rows) words = ReadRow(p_.kv, row, FreshRead());
     }
     return changed;
   }
@@ -124,10 +109,10 @@ class Block {
   // The plan's item instead.
   __device__ void BeginItem(Piece& piece) {
     line_.begin = line_.end = 0;
+    piece = NoPiece();
     const int item = blockIdx.x;
     if (item >= min(p_.plan[kPlanCount], p_.max_items)) return;
     const int32_t* const work = p_.plan + PlanItemsAt(p_.rows) + 3LL * item;
-    piece = {};
     piece.row = work[0];
     piece.kv_head = launch_.by_passes.Quotient(blockIdx.y);
     piece.first_m = (blockIdx.y - piece.kv_head * launch_.passes) * S::kRows;
@@ -141,12 +126,12 @@ class Block {
     if (piece.low >= piece.high) {
       const int rows = RowsOf(piece);
       for (int row = threadIdx.x; row < rows; row += kThreads) p_.partial_lse[ItemPlace(piece, row)] = -CUDART_INF_F;
+      piece = NoPiece();
       return;
     }
     piece.tile = piece.low / S::kTile;
     piece.tiles = (piece.high + S::kTile - 1) / S::kTile - piece.tile;
     line_.end = piece.tiles;
-    loader_.Start(piece);
   }
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
@@ -160,18 +145,35 @@ class Block {
     CommitAsync();  // an empty group, too, counts
   }
 
-  // The loader is at the first piece's start.
-  __device__ void RunPieces(Piece piece) {
+  // Has the first tiles and the queries on their way, and the latter in shared memory. The loader is at the first
+  // piece's start. Where that was `guessed`, what the guess was made of is looked at again ahead of all, and compared
+  // behind all that need not wait for it. True if it has changed: nothing was used or written.
+  __device__ bool Prepare(const Piece& piece, bool guessed) {
+    RowWords words = {};
+    const typename Loader<S, Kv>::Pages pages = loader_.first_pages();
+    typename Loader<S, Kv>::Pages again = pages;
+    if (guessed) {
+      if (threadIdx.x < p_.rows) words = ReadRow(p_.kv, threadIdx.x, FreshRead());
+      again = loader_.LookUpAgain();
+    }
     Queries<kHeadDim, kMTiles> queries;
     LoadQueries<T>(launch_, piece, queries);
     ahead_ = line_.begin + piece.tiles;
+#pragma unroll 1
     for (int stage = 0; stage < S::kStages - 1; ++stage) LoadNext(stage);
+    const bool changed = guessed && (pages != again || Changed(piece, words));
+    StoreQueries<T, Kv>(queries, turn_, small_);
+    if (__reduce_or_sync(kAllLanes, __syncthreads_or(changed)) == 0) return false;
+    WaitAsync<0>();
+    return true;
+  }
+
+  // From the first piece on.
+  __device__ void RunPieces(Piece piece) {
     const ScoreScale scale = ScoreScaleOf(p_);
     WarpState state;
     int stage = 0;
     for (int at = line_.begin;;) {
-      StoreQueries<T, Kv>(queries, turn_, small_);
-      __syncthreads();
       float inner[kMTiles][2];
 #pragma unroll
       for (int t = 0; t < kMTiles; ++t) {
@@ -209,6 +211,7 @@ class Block {
         stage = stage == S::kStages - 1 ? 0 : stage + 1;
       }
       // The next queries are on their way meanwhile, where there are registers for them.
+      Queries<kHeadDim, kMTiles> queries;
       Piece next;
       const KnownRow row = {piece.row, piece.pages, piece.length};
       if (!kIsFull && at < line_.end) {
@@ -222,6 +225,8 @@ class Block {
         LoadQueries<T>(launch_, next, queries);
       }
       piece = next;
+      StoreQueries<T, Kv>(queries, turn_, small_);
+      __syncthreads();
     }
   }
 

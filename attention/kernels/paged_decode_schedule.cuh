@@ -25,7 +25,6 @@ constexpr int kMostParts = 66;  // of a unit
 constexpr int kFlatRows = 256;  // of partial results that one block merges at once
 constexpr int kManyAtOnce = 4;  // parts under way, of four rows to a warp
 constexpr int kFewTiles = 8;    // of a block: up to so many, passes of one m-tile
-constexpr int kHintTiles = 1;   // of a block's first that are asked for ahead of time
 
 template <class Kv, int kHeadDim, int kMTiles>
 struct Shape {

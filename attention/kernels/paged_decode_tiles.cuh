@@ -29,7 +29,8 @@ class Loader {
  public:
   __device__ Loader(const DecodeLaunch& launch, unsigned ring, unsigned* attended)
       : launch_(launch), p_(launch.p), ring_(ring), attended_(attended) {}
-  __device__ void Start(const Piece& piece) {
+  template <class Read = PlainRead>
+  __device__ void Start(const Piece& piece, Read read = {}) {
     row_ = piece.row;
     pages_ = piece.pages;
     low_ = piece.low;
@@ -37,8 +38,31 @@ class Loader {
     position_ = piece.tile * S::kTile + threadIdx.x / 32 * S::kTokens;
     left_ = piece.tiles;
     head_ = piece.kv_head * p_.kv.head_stride;
-    page_ = LookUp(position_);
-    next_page_ = left_ > 1 ? LookUp(position_ + S::kTile) : -1;
+    page_ = LookUp(position_, read);
+    next_page_ = left_ > 1 ? LookUp(position_ + S::kTile, read) : -1;
+  }
+  // The pages of the first two tiles.
+  struct Pages {
+    int first, second;
+    __device__ bool operator!=(const Pages& other) const { return first != other.first || second != other.second; }
+  };
+  __device__ Pages first_pages() const { return {page_, next_page_}; }  // as Start found them
+  __device__ Pages LookUpAgain() const {
+    return {LookUp(position_, FreshRead()), left_ > 1 ? LookUp(position_ + S::kTile, FreshRead()) : -1};
+  }
+  // Asks for the first tile.
+  __device__ void Hint() const {
+    constexpr int kLines = (S::kRowBytes + 127) / 128;  // of a token's K or V
+    if (page_ < 0 || page_ >= p_.kv.num_pages) return;
+    const char* const k = static_cast<const char*>(p_.kv.k) + Own();
+    const long long k_to_v = static_cast<const char*>(p_.kv.v) - static_cast<const char*>(p_.kv.k);
+#pragma unroll
+    for (int line = 0; line < kLines; line += 32 / S::kTokens) {
+      const int own = line + threadIdx.x % 32 / S::kTokens;
+      if (kLines % (32 / S::kTokens) != 0 && own >= kLines) return;
+      PrefetchL2(k + own * 128);
+      PrefetchL2(k + k_to_v + own * 128);
+    }
   }
   __device__ int left() const { return left_; }
   __device__ KnownRow row() const { return {row_, pages_, high_}; }  // of the last piece
@@ -49,9 +73,7 @@ class Loader {
     const bool valid = page_ >= 0 && page_ < p_.kv.num_pages;
     const unsigned attended = __ballot_sync(kAllLanes, valid) & S::kAll;
     if (lane == 0) attended_[stage] = attended;
-    const int position = position_ + threadIdx.x % S::kTokens;
-    const int in_page = position - launch_.by_page.Quotient(position) * p_.kv.page_size;
-    const long long own = (page_ * p_.kv.page_stride + in_page * p_.kv.token_stride + head_) * int{sizeof(Kv)};
+    const long long own = Own();
     const char* const k = static_cast<const char*>(p_.kv.k);
     const long long k_to_v = static_cast<const char*>(p_.kv.v) - k;
     constexpr int kRowsAtOnce = 32 / S::kChunks;
@@ -83,16 +105,23 @@ class Loader {
     }
     position_ += S::kTile;
     page_ = next_page_;
-    if (--left_ > 1) next_page_ = LookUp(position_ + S::kTile);
+    if (--left_ > 1) next_page_ = LookUp(position_ + S::kTile, PlainRead());
   }
 
  private:
   // The page of this lane's token, of a tile whose share of this warp begins at `first`; -1 where there is none to look
   // at. It is not used before two more tiles are loaded, so nobody waits for it.
-  __device__ int LookUp(int first) const {
+  template <class Read>
+  __device__ int LookUp(int first, Read read) const {
     const int position = first + threadIdx.x % S::kTokens;
     if (position < low_ || position >= high_) return -1;
-    return pages_[launch_.by_page.Quotient(position)];
+    return read(pages_ + launch_.by_page.Quotient(position));
+  }
+  // Bytes from the start of k to this lane's token of the next tile.
+  __device__ long long Own() const {
+    const int position = position_ + threadIdx.x % S::kTokens;
+    const int in_page = position - launch_.by_page.Quotient(position) * p_.kv.page_size;
+    return (page_ * p_.kv.page_stride + in_page * p_.kv.token_stride + head_) * int{sizeof(Kv)};
   }
 
   const DecodeLaunch& launch_;

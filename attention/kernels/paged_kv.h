@@ -36,20 +36,33 @@ struct RowPages {
 struct PlainRead {
   PRISTINE_HOST_DEVICE int32_t operator()(const int32_t* at) const { return *at; }
 };
+// What the page table says of a row: words that are read apart, so that nobody waits for them before he must.
+struct RowWords {
+  int32_t length, first, last;
+};
 template <class Read = PlainRead>
-PRISTINE_HOST_DEVICE inline RowPages PagesOf(const PagedKvView& kv, int64_t row, Read read = {}) {
-  const int64_t most = kv.lengths == nullptr ? INT64_MAX : read(kv.lengths + row);  // no load waits for another
-  int64_t first = row * kv.table_stride;
-  int64_t last = first + kv.table_stride;
+PRISTINE_HOST_DEVICE inline RowWords ReadRow(const PagedKvView& kv, int64_t row, Read read = {}) {
+  RowWords words = {0, 0, 0};
+  if (kv.lengths != nullptr) words.length = read(kv.lengths + row);
   if (kv.kv_indptr != nullptr) {
-    first = read(kv.kv_indptr + row);
-    last = read(kv.kv_indptr + row + 1);
+    words.first = read(kv.kv_indptr + row);
+    words.last = read(kv.kv_indptr + row + 1);
   }
+  return words;
+}
+PRISTINE_HOST_DEVICE inline RowPages Clipped(const PagedKvView& kv, int64_t row, const RowWords& words) {
+  const bool in_table = kv.kv_indptr == nullptr;
+  const int64_t first = in_table ? row * kv.table_stride : words.first;
+  int64_t last = in_table ? first + kv.table_stride : words.last;
   if (last > kv.pages_size) last = kv.pages_size;
   if (first < 0 || last <= first) return {0, 0};
   int64_t length = (last - first) * kv.page_size;
-  if (most < length) length = most;
+  if (kv.lengths != nullptr && words.length < length) length = words.length;
   return {first, length < 0 ? 0 : length};
+}
+template <class Read = PlainRead>
+PRISTINE_HOST_DEVICE inline RowPages PagesOf(const PagedKvView& kv, int64_t row, Read read = {}) {
+  return Clipped(kv, row, ReadRow(kv, row, read));
 }
 
 // Elements from the start of k (and of v) to (position, kv_head) of a row; -1: its page number is outside the pool.
