@@ -22,7 +22,8 @@ namespace decode_mma {
 
 template <class S>
 constexpr int SharedBytes(int rows) {
-  return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) + 4 * (rows + 1);
+  return kWarps * S::kRing + S::kTurnBytes + static_cast<int>(sizeof(Small)) +
+         S::kKept * static_cast<int>(sizeof(KeptRow)) + 4 * (rows + 1);
 }
 
 template <class T, class Kv, int kHeadDim, int kMTiles>
@@ -40,7 +41,8 @@ class Block {
         shared_(shared),
         turn_(shared + kWarps * S::kRing),
         small_(*reinterpret_cast<Small*>(turn_ + S::kTurnBytes)),
-        prefix_(reinterpret_cast<int*>(&small_ + 1)),
+        kept_(reinterpret_cast<KeptRow*>(&small_ + 1)),
+        prefix_(reinterpret_cast<int*>(kept_ + S::kKept)),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         ring_(SharedAddress(shared) + warp_ * S::kRing),
@@ -50,6 +52,7 @@ class Block {
   __device__ void Run() {
     LetNextBegin();  // all blocks fit on the device: what comes next takes none of their places
     line_.prefix = prefix_;
+    line_.kept = kept_;
     const bool planned = p_.plan != nullptr;
     bool guesses = !planned && p_.begins_early;
     if (!guesses) WaitForStream();
@@ -83,12 +86,9 @@ class Block {
   }
   // Finds the block's part of the line and its first piece.
   __device__ void Begin(Piece& piece) {
-    const int like = ScanRows<S::kTile>(p_, prefix_, small_);
+    const int like = ScanRows<S>(p_, prefix_, kept_, small_);
     line_.Divide(launch_, like, blockIdx.x, gridDim.x);
-    piece = NoPiece();
-    if (line_.begin < line_.end) {
-      piece = PieceAt<S>(launch_, line_, line_.begin, {.row = -1, .pages = nullptr, .length = 0});
-    }
+    piece = line_.begin < line_.end ? PieceAt<S>(launch_, line_, line_.begin) : NoPiece();
   }
   // Whether the page table is not what the guess was made of, as far as it matters to this block. `words`: of this
   // thread's first row, read again.
@@ -98,8 +98,12 @@ class Block {
     for (int row = threadIdx.x; row < p_.rows;) {
       const RowPages pages = Clipped(p_.kv, row, words);
       const int length = LengthOf(pages);
-      changed |= TilesOf<S::kTile>(p_, length) != prefix_[row + 1] - prefix_[row];
-      if (row == piece.row) changed |= length != piece.length || p_.kv.pages + pages.first != piece.pages;
+      if (row < S::kKept) {
+        changed |= kept_[row] != KeptRow{static_cast<int>(pages.first), length};
+      } else {
+        changed |= TilesOf<S::kTile>(p_, length) != prefix_[row + 1] - prefix_[row];
+        if (row == piece.row) changed |= length != piece.length || p_.kv.pages + pages.first != piece.pages;
+      }
       row += kThreads;
       if (row < p_.rows) words = ReadRow(p_.kv, row, FreshRead());
     }
@@ -137,7 +141,7 @@ class Block {
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
   __device__ void LoadNext(int stage) {
     if (__builtin_expect(loader_.left() == 0 && ahead_ < line_.end, 0)) {
-      const Piece piece = PieceAt<S>(launch_, line_, ahead_, loader_.row());
+      const Piece piece = PieceAt<S>(launch_, line_, ahead_);
       ahead_ += piece.tiles;
       loader_.Start(piece);
     }
@@ -213,15 +217,14 @@ class Block {
       // The next queries are on their way meanwhile, where there are registers for them.
       Queries<kHeadDim, kMTiles> queries;
       Piece next;
-      const KnownRow row = {piece.row, piece.pages, piece.length};
       if (!kIsFull && at < line_.end) {
-        next = PieceAt<S>(launch_, line_, at, row);
+        next = PieceAt<S>(launch_, line_, at);
         LoadQueries<T>(launch_, next, queries);
       }
       Finish(piece, state, at >= line_.end);
       if (at >= line_.end) return;
       if (kIsFull) {
-        next = PieceAt<S>(launch_, line_, at, row);
+        next = PieceAt<S>(launch_, line_, at);
         LoadQueries<T>(launch_, next, queries);
       }
       piece = next;
@@ -364,6 +367,7 @@ class Block {
   unsigned char* const shared_;  // the warps' rings
   unsigned char* const turn_;
   Small& small_;
+  KeptRow* const kept_;
   int* const prefix_;
   const int warp_, lane_;
   const unsigned ring_;

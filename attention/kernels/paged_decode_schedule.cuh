@@ -35,8 +35,9 @@ struct Shape {
   static constexpr int kChunks = kRowBytes / 16;          // 16-byte chunks of a row of K or V
   static constexpr int kHalfStage = kTokens * kRowBytes;  // K or V of a warp's stage
   static constexpr int kStages = (kHeadDim == 256 ? 48 : 24) * 1024 / (2 * kHalfStage);
-  static constexpr int kRing = kStages * 2 * kHalfStage;  // bytes of a warp
-  static constexpr int kRows = 16 * kMTiles;              // of M in one pass
+  static constexpr int kRing = kStages * 2 * kHalfStage;    // bytes of a warp
+  static constexpr int kRows = 16 * kMTiles;                // of M in one pass
+  static constexpr int kKept = kHeadDim == 256 ? 64 : 256;  // rows whose places are kept from the scan
   // Floats of a row where warps merge: a quarter, or with 16-byte stores an eighth, of a warp's lanes meet all banks.
   static constexpr int kMergeStride = kHeadDim + (sizeof(Kv) == 1 ? 16 : 8);
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
@@ -45,6 +46,11 @@ struct Shape {
   static constexpr int kTurnBytes = kQueryBytes > kMergeBytes ? kQueryBytes : kMergeBytes;
 };
 
+// Where a row's pages begin, if that is in kv_indptr, and its length in tokens.
+struct KeptRow {
+  int first, length;
+  __device__ bool operator!=(const KeptRow& other) const { return first != other.first || length != other.length; }
+};
 struct alignas(16) Small {
   float top[kWarps][32];
   float mass[kWarps][32];
@@ -109,7 +115,8 @@ __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
 
 // All tiles, and who works on which: this block on [begin, end).
 struct Line {
-  const int* prefix;  // shared, [rows + 1]: tiles of the rows before
+  const int* prefix;    // shared, [rows + 1]: tiles of the rows before
+  const KeptRow* kept;  // shared, of the first S::kKept rows
   int begin, end;
   int first_block, last_block;  // that work on this block's units; or first_block is -1, and it is as OwnerOf says
   unsigned part, longer;        // of all blocks the first `longer` take part + 1 tiles, the others `part`
@@ -160,36 +167,34 @@ struct Line {
   }
 };
 
-// The piece at a place of the line. `known`: a row with its pages and length, which need not be read again; or row -1.
-struct KnownRow {
-  int row;
-  const int32_t* pages;
-  int length;
-};
+// The piece at a place of the line.
 template <class S>
-__device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, int at, KnownRow known) {
+__device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, int at) {
   const PagedDecodeParams& p = launch.p;
   const int tile = launch.by_units.Quotient(at);
-  if (known.row < 0 || line.prefix[known.row] > tile || line.prefix[known.row + 1] <= tile) {
-    int low = 0, high = p.rows;  // prefix[low] <= tile < prefix[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (line.prefix[middle] <= tile ? low : high) = middle;
-    }
-    const RowPages pages = PagesOf(p.kv, low, FreshRead());
-    known = {low, p.kv.pages + pages.first, LengthOf(pages)};
+  int row = 0;  // prefix[row] <= tile < prefix[row + 1]
+  for (int end = p.rows; end - row > 1;) {
+    const int middle = (row + end) / 2;
+    (line.prefix[middle] <= tile ? row : end) = middle;
   }
-  const int before = line.prefix[known.row];
-  const int tiles = line.prefix[known.row + 1] - before;
+  RowPages pages;
+  if (row < S::kKept) {
+    const KeptRow kept = line.kept[row];
+    pages = {p.kv.kv_indptr != nullptr ? kept.first : row * p.kv.table_stride, kept.length};
+  } else {
+    pages = PagesOf(p.kv, row, FreshRead());
+  }
+  const int before = line.prefix[row];
+  const int tiles = line.prefix[row + 1] - before;
   const unsigned offset = at - before * launch.units;
   const int unit = offset / static_cast<unsigned>(tiles);
   const int done = offset - unit * tiles;
   Piece piece;
-  piece.row = known.row;
+  piece.row = row;
   piece.kv_head = launch.by_passes.Quotient(unit);
   piece.first_m = (unit - piece.kv_head * launch.passes) * S::kRows;
-  piece.pages = known.pages;
-  piece.length = known.length;
+  piece.pages = p.kv.pages + pages.first;
+  piece.length = LengthOf(pages);
   piece.low = FirstSeen(p, piece.length);
   piece.high = piece.length;
   piece.tile = piece.low / S::kTile + done;
@@ -202,14 +207,19 @@ __device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, in
 
 // prefix[r]: tiles of the rows before r. Returns how many rows have as many as the first, if it has any. All threads of
 // the block; ends with a barrier.
-template <int kTile>
-__device__ inline int ScanRows(const PagedDecodeParams& p, int* prefix, Small& small) {
+template <class S>
+__device__ inline int ScanRows(const PagedDecodeParams& p, int* prefix, KeptRow* kept, Small& small) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int before = 0, like = 0;
   if (threadIdx.x == 0) prefix[0] = 0;
   for (int first = 0; first < p.rows; first += kThreads) {
     const int row = first + threadIdx.x;
-    const int tiles = row < p.rows ? TilesOf<kTile>(p, LengthOf(PagesOf(p.kv, row, FreshRead()))) : 0;
+    int tiles = 0;
+    if (row < p.rows) {
+      const RowPages pages = PagesOf(p.kv, row, FreshRead());
+      tiles = TilesOf<S::kTile>(p, LengthOf(pages));
+      if (row < S::kKept) kept[row] = {static_cast<int>(pages.first), LengthOf(pages)};
+    }
     int sum = tiles;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {

@@ -31,7 +31,6 @@ class Loader {
       : launch_(launch), p_(launch.p), ring_(ring), attended_(attended) {}
   template <class Read = PlainRead>
   __device__ void Start(const Piece& piece, Read read = {}) {
-    row_ = piece.row;
     pages_ = piece.pages;
     low_ = piece.low;
     high_ = piece.high;
@@ -65,7 +64,6 @@ class Loader {
     }
   }
   __device__ int left() const { return left_; }
-  __device__ KnownRow row() const { return {row_, pages_, high_}; }  // of the last piece
 
   // Queues the next tile, and looks up the pages of the second after it.
   __device__ void Load(int stage) {
@@ -130,7 +128,7 @@ class Loader {
   unsigned* const attended_;
   const int32_t* pages_;
   long long head_;
-  int row_ = -1, low_, high_, position_, page_ = -1, next_page_ = -1, left_ = 0;
+  int low_, high_, position_, page_ = -1, next_page_ = -1, left_ = 0;
 };
 
 // The queries of a piece, [kRows, kHeadDim] in 16 bit and swizzled. For KV in 8 bits they become float16, each row
