@@ -329,6 +329,25 @@ TYPED_TEST(StepAttentionTest, ARaggedStepIsRefusedToAGraphOfOneQLen) {
   EXPECT_OK(plan({4, 4, 4, 4}));
 }
 
+// The context kernels would run such a step; the engine has said that there is none.
+TYPED_TEST(StepAttentionTest, ARaggedStepIsRefusedToAContextGraphOfOneQLenForAnotherReason) {
+  const StepAttentionConfig config = this->Config(ForwardMode::kDraftExtend, 5);
+  absl::StatusOr<std::unique_ptr<StepAttention>> extend =
+      StepAttention::Create(*this->manager_, *this->metadata_, config);
+  ASSERT_OK(extend);
+  ASSERT_EQ((*extend)->family(), KernelFamily::kContext);
+  const std::vector<int32_t> lengths = {9, 9}, qo_indptr = {0, 5, 8}, slots(8, 0);
+  EXPECT_STATUS((*extend)->Plan(config.buckets.front(), {.lengths = lengths,
+                                                         .kv_indptr = {},
+                                                         .kv_indices = {},
+                                                         .slots = slots,
+                                                         .positions = {},
+                                                         .qo_indptr = qo_indptr}),
+                kInvalidArgument,
+                "request 1 has 3 query tokens; route.q_len says that a draft_extend graph has 5 for every request; "
+                "instead: a graph of a mode whose requests may differ");
+}
+
 TYPED_TEST(StepAttentionTest, WhatDoesNotFitTogetherIsRefusedAndLeavesNothingRegistered) {
   const int registered = this->manager_->registered();
   StepAttentionConfig config = this->Config(ForwardMode::kTargetVerify, 4);

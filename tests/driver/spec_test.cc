@@ -110,6 +110,21 @@ TYPED_TEST(SpecTest, SoItIsInBFloat16WithLargerPagesAndTheMostDrafts) {
   EXPECT_EQ(result.report["tokens"].number, served.tokens);
 }
 
+// Draft steps and verify planned on the host, whose decode is followed by a merge of its own.
+TYPED_TEST(SpecTest, SoItIsWithPlansOfTheHost) {
+  const Served served = ShortRequests(5, 7);
+  const DriverResult result = this->Run(served, {"--spec=4", "--scheduler=host"});
+  ExpectClean(result);
+  ExpectRounds(result, 4);
+  EXPECT_EQ(result.report["tokens"].number, served.tokens);
+  const std::vector<Json>& phases = result.report["spec"]["phases"].array;
+  for (size_t i = 0; i < phases.size(); ++i) {
+    const std::vector<Json>& kernels = phases[i]["kernels"].array;
+    const auto merges = [](const Json& kernel) { return kernel.text.rfind("merge_states", 0) == 0; };
+    EXPECT_EQ(std::any_of(kernels.begin(), kernels.end(), merges), i < 2) << "phase " << i;
+  }
+}
+
 // As many tokens for each request: through either family the same attention.
 TYPED_TEST(SpecTest, AFixedDraftExtendTakesEitherFamily) {
   const Served served = ShortRequests(5, 6);
