@@ -115,8 +115,8 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     ASSERT_EQ(names.size(), count);
     EXPECT_EQ(names.front().substr(0, first.size()), first);
   }
-  // Eagerly and replayed, over kv_indices and over a block table, `config` over float8 KV in HND with a soft cap,
-  // sinks, and scales and lengths that differ from step to step gives what the definition says.
+  // Eagerly and replayed, over kv_indices under a window and over a block table without one, `config` over float8 KV in
+  // HND with a soft cap, sinks, and scales and lengths that differ from step to step gives what the definition says.
   void ExpectAttention(const StepAttentionConfig& config, const std::vector<int32_t>& qo_lens) {
     ExpectAttention(config, qo_lens, false);
     metadata_.reset();
@@ -128,6 +128,7 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     config.route.kv_dtype = DType::kFloat8E4M3;
     config.layout = KvLayout::kHND;
     config.soft_cap = 3;
+    config.window = block_table ? 0 : 13;
     const Extent bucket = config.buckets.front();
     ASSERT_OK_AND_ASSIGN(const auto attention, StepAttention::Create(*manager_, *metadata_, config));
     const size_t q_bytes = size_t{1} * bucket.tokens * kHeads * kHeadDim * sizeof(uint16_t);
@@ -170,6 +171,7 @@ class StepAttentionTest : public DeviceTest<BackendT> {
                               .head_dim = kHeadDim,
                               .page_size = kPageSize,
                               .layout = config.layout,
+                              .window = config.window,
                               .soft_cap = config.soft_cap,
                               .sinks = true,
                               .k_scale = k_scale,
