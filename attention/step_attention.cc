@@ -89,10 +89,14 @@ absl::Status StepAttention::Plan(const Extent& bucket, const StepValues& values)
     const int64_t next = indexed ? values.qo_indptr[i + 1] : i + 1 < requests ? first + q_len : values.slots.size();
     if (next - first == q_len) continue;
     return absl::InvalidArgumentError(absl::StrCat(
-        config_.name, ": request ", i, " has ", next - first, " query tokens; the ", ToString(family_),
-        " kernels of a ", ToString(config_.mode), " graph run ", q_len,
-        " for every request, a constant of its capture, and would read its neighbours' (sglang PR #24856); instead: "
-        "a graph of a mode whose requests may differ, q_len 0 of extend or draft_extend"));
+        config_.name, ": request ", i, " has ", next - first, " query tokens; ",
+        family_ == KernelFamily::kDecode
+            ? absl::StrCat("the decode kernels of a ", ToString(config_.mode), " graph run ", q_len,
+                           " for every request, a constant of its capture, and would read its neighbours' (sglang PR "
+                           "#24856)")
+            : absl::StrCat("route.q_len says that a ", ToString(config_.mode), " graph has ", q_len,
+                           " for every request"),
+        "; instead: a graph of a mode whose requests may differ, q_len 0 of extend or draft_extend"));
   }
   return plan_ == nullptr ? absl::OkStatus() : plan_->Plan(bucket, values.lengths);
 }

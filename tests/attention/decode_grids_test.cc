@@ -433,6 +433,63 @@ TYPED_TEST(DecodeGridTest, FlashInferXqaBatchDecode) {
   }
 }
 
+// test_xqa: the kernel by itself.
+TYPED_TEST(DecodeGridTest, FlashInferXqa) {
+  for (const int32_t batch : {1, 4}) {
+    for (const int32_t kv_heads : {2, 4}) {
+      for (const int32_t page_size : {16, 64}) {
+        for (const int32_t length : {32, 128}) {
+          for (const int32_t group : {8, 16}) {
+            const uint64_t seed = this->NextSeed();
+            if (this->OnHost() && seed % 4 != 0) continue;
+            const DecodeShape shape = {.dtype = seed % 2 == 0 ? kF16 : kBf16,
+                                       .q_heads = kv_heads * group,
+                                       .kv_heads = kv_heads,
+                                       .head_dim = 128,
+                                       .page_size = page_size,
+                                       .seed = seed,
+                                       .kv_dtype = seed % 3 == 0   ? kF8
+                                                   : seed % 2 == 0 ? kF16
+                                                                   : kBf16,
+                                       .layout = seed % 5 < 2 ? KvLayout::kNHD : KvLayout::kHND,
+                                       .sinks = seed % 7 < 3};
+            this->Expect(shape, this->Equal(batch, length), this->Options());
+          }
+        }
+      }
+    }
+  }
+}
+
+// test_trtllm_gen_attention_decode: pages of up to 1024 tokens (FlashInfer #4347: wrong above 128), one long request.
+TYPED_TEST(DecodeGridTest, FlashInferTrtllmGenDecode) {
+  for (const int32_t page_size : {16, 32, 64, 128, 256, 512, 1024}) {
+    for (const int32_t head_dim : {128, 256}) {
+      for (const int32_t length : {4096, 8192}) {
+        const uint64_t seed = this->NextSeed();
+        const DecodeShape shape = {.dtype = kBf16,
+                                   .q_heads = 8,
+                                   .kv_heads = 1,
+                                   .head_dim = head_dim,
+                                   .page_size = page_size,
+                                   .window = seed % 3 == 0 ? 127 : 0,
+                                   .seed = seed,
+                                   .q_len = 1 + static_cast<int32_t>(seed % 5),
+                                   .kv_dtype = seed % 4 < 2 ? kBf16 : kF8,
+                                   .layout = seed % 2 == 0 ? KvLayout::kNHD : KvLayout::kHND};
+        RigOptions options = this->Options();
+        options.block_table = true;
+        this->Expect(shape, {this->OnHost() ? length / 50 + 1 : length}, options);
+      }
+    }
+  }
+  for (const auto& [length, page_size] : {std::pair{33000, 64}, {131072, 1024}}) {
+    const DecodeShape shape = {
+        .dtype = kBf16, .q_heads = 8, .kv_heads = 1, .head_dim = 128, .page_size = page_size, .seed = this->NextSeed()};
+    this->Expect(shape, {length}, this->Options());
+  }
+}
+
 // hopper/test_flash_attn.py, test_flash_attn_kvcache: as many queries as decode takes. One split is the device's.
 TYPED_TEST(DecodeGridTest, FlashAttentionKvCache) {
   for (const auto& [q_len, length] : {std::pair{1, 128}, {1, 339}, {3, 1024}, {3, 799}, {16, 20000}}) {

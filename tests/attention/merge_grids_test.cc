@@ -105,6 +105,49 @@ TYPED_TEST(MergeGridsTest, FlashInferTritonCascade) {
   EXPECT_TRUE(this->Poll().empty());
 }
 
+// vLLM, test_merge_attn_states: its head counts and head sizes, those of them that there are kernels for.
+TYPED_TEST(MergeGridsTest, VllmMergeAttnStates) {
+  uint64_t seed = 300;
+  for (const int32_t heads : {4, 8, 16, 48, 64}) {
+    for (const int32_t head_dim : {64, 128, 256}) {
+      for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+        const MergeShape shape = {dtype, heads, head_dim};
+        const int32_t rows = this->Tokens(256);
+        const HostStates a = RandomStates(shape, rows, ++seed, 0.1), b = RandomStates(shape, rows, ++seed, 0.1);
+        EXPECT_EQ(this->CheckRows(this->Merge(a, b),
+                                  [&](int32_t row) {
+                                    return std::vector<Source>{{&a, row}, {&b, row}};
+                                  }),
+                  "")
+            << Name(shape);
+        this->memory_.clear();
+      }
+    }
+  }
+  EXPECT_TRUE(this->Poll().empty());
+}
+
+// tokenspeed, test_large_num_heads: more heads than a block of 1024 threads holds, over tokens enough that fewer heads
+// would take a block each; and the edge itself.
+TYPED_TEST(MergeGridsTest, TokenspeedLargeNumHeads) {
+  uint64_t seed = 400;
+  for (const int32_t head_dim : {128, 256}) {
+    for (const int32_t heads : {8192 / head_dim, 65, 128, 200}) {
+      const MergeShape shape = {DType::kBFloat16, heads, head_dim};
+      const int32_t rows = this->Tokens(4 * attention::kMergeFewRows);
+      const HostStates a = RandomStates(shape, rows, ++seed), b = RandomStates(shape, rows, ++seed);
+      EXPECT_EQ(this->CheckRows(this->Merge(a, b),
+                                [&](int32_t row) {
+                                  return std::vector<Source>{{&a, row}, {&b, row}};
+                                }),
+                "")
+          << Name(shape);
+      this->memory_.clear();
+    }
+  }
+  EXPECT_TRUE(this->Poll().empty());
+}
+
 // FlashInfer, test_shared_prefix_kernels: in place, 512 tokens, 50 masks one after the other into the same memory.
 TYPED_TEST(MergeGridsTest, FlashInferInPlaceWithMasks) {
   const MergeShape shape = {DType::kBFloat16, 32, 128};

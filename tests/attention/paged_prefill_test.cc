@@ -34,12 +34,13 @@ PrefillShape Shape(const PrefillVariant& variant, uint64_t seed) {
   return shape;
 }
 
-// Every variant with random options over random ragged steps, in a bucket with padded requests and tokens.
+// Every variant with random options over random ragged steps, in a bucket with padded requests and tokens; in every
+// other step with needles.
 TYPED_TEST(PagedPrefillTest, EveryVariantIsAttentionOverRaggedSteps) {
   uint64_t seed = 100;
   for (const PrefillVariant& variant : attention::PrefillVariants()) {
     if (variant.only_capability != 0) continue;  // run beside the one for all devices
-    for (int repeat = 0; repeat < (this->on_host() ? 1 : 8); ++repeat) {
+    for (int repeat = 0; repeat < (this->on_host() ? 2 : 8); ++repeat) {
       std::mt19937_64 random(++seed);
       const auto below = [&random](int32_t n) { return static_cast<int32_t>(random() % n); };
       PrefillShape shape = Shape(variant, seed);
@@ -52,13 +53,14 @@ TYPED_TEST(PagedPrefillTest, EveryVariantIsAttentionOverRaggedSteps) {
       shape.soft_cap = below(2) == 0 ? 0.0f : 3.0f;
       shape.sinks = below(2) == 0;
       shape.block_table = below(2) == 0;
-      std::vector<int32_t> qo_lens, lengths;
+      std::vector<int32_t> qo_lens, lengths, needles;
       for (int r = 0; r < 4; ++r) {
         const int32_t longest_qo[] = {2, 20, this->on_host() ? 24 : 80, 7};
         qo_lens.push_back(below(longest_qo[r]));
         lengths.push_back(qo_lens.back() + below(this->on_host() ? 40 : 150));
+        needles.push_back(repeat % 2 == 1 && lengths.back() > 0 ? below(lengths.back()) : -1);
       }
-      const PrefillCase step(shape, qo_lens, lengths);
+      const PrefillCase step(shape, qo_lens, lengths, needles);
       this->ExpectAttention(step, {5, step.tokens() + 1 + below(40)});
     }
   }

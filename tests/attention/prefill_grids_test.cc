@@ -1,6 +1,7 @@
 // Parameter grids of other projects' prefill tests, over our kernels: FlashInfer's test_batch_prefill_kernels,
-// test_sliding_window, test_attention_sink, test_logits_cap, test_batch_attention and the ragged rows of
-// test_xqa_batch_decode, FlashAttention-3's test_flash_attn_kvcache, vLLM's test_flash_attn. Batch sizes are ours where
+// test_hopper, test_trtllm_gen_attention_prefill, test_sliding_window, test_attention_sink, test_logits_cap,
+// test_batch_attention and the ragged rows of test_xqa_batch_decode, FlashAttention-3's test_flash_attn_kvcache, vLLM's
+// test_flash_attn. Batch sizes are ours where
 // theirs repeat the same request. Host runs the small cells; CUDA compares a sample of the heads of large ones.
 #include <gtest/gtest.h>
 
@@ -54,6 +55,61 @@ TYPED_TEST(PrefillGridTest, FlashInferBatchPrefill) {
           this->Expect(shape, kv > 500 ? 2 : 12, qo, kv);
         }
       }
+    }
+  }
+}
+
+// Its two generations of kernels over the same inputs: whole prompts of lengths that fit no tile, and the end of a long
+// one.
+TYPED_TEST(PrefillGridTest, FlashInferHopper) {
+  uint64_t seed = 5100;
+  for (const int32_t length : {11, 12, 99, 1763, 9999, 32767}) {
+    for (const int32_t page_size : {1, 16}) {
+      for (const int32_t kv_heads : {1, 4, 8}) {
+        for (const int32_t head_dim : {64, 128, 256}) {
+          ++seed;
+          const int32_t group = 8 / kv_heads;
+          if (length > 1000 && (kv_heads != 1 || static_cast<int32_t>(seed % 2) != page_size / 16)) continue;
+          PrefillShape shape = {.dtype = seed % 2 == 0 ? DType::kFloat16 : DType::kBFloat16};
+          shape.kv_dtype = shape.dtype;
+          shape.q_heads = length > 1000 ? 2 : kv_heads * (seed % 3 == 0 ? 1 : group);
+          shape.kv_heads = kv_heads;
+          shape.head_dim = head_dim;
+          shape.page_size = page_size;
+          shape.soft_cap = seed % 4 < 2 ? 0.0f : 30.0f;
+          shape.seed = seed;
+          constexpr int32_t kBatches[] = {1, 4, 8, 16};
+          this->Expect(shape, length > 1000 ? 1 : kBatches[seed % 4], std::min(length, 2000), length);
+        }
+      }
+    }
+  }
+}
+
+// Up to 511 queries at the end of up to 2047 tokens, ragged, large pages included; and a long prompt by itself.
+TYPED_TEST(PrefillGridTest, FlashInferTrtllmGenPrefill) {
+  uint64_t seed = 5150;
+  for (const int32_t page_size : {16, 32, 64, 128, 1024}) {
+    for (const int32_t head_dim : {128, 256}) {
+      for (const DType kv_dtype : {DType::kBFloat16, DType::kFloat8E4M3}) {
+        PrefillShape shape = {.dtype = DType::kBFloat16, .kv_dtype = kv_dtype, .q_heads = 8, .kv_heads = 2};
+        shape.head_dim = head_dim;
+        shape.page_size = page_size;
+        shape.layout = ++seed % 2 == 0 ? KvLayout::kNHD : KvLayout::kHND;
+        shape.block_table = true;
+        shape.seed = seed;
+        if (this->on_host()) {
+          this->Expect(shape, 1, 3, 70);
+          continue;
+        }
+        this->ExpectAttention(PrefillCase(shape, {511, 1, 130, 77}, {2047, 1025, 130, 512}), {5, 800}, 31);
+        this->cells_++;
+      }
+      PrefillShape shape = {.dtype = DType::kBFloat16, .kv_dtype = DType::kBFloat16, .q_heads = 2, .kv_heads = 1};
+      shape.head_dim = head_dim;
+      shape.page_size = page_size;
+      shape.seed = ++seed;
+      this->Expect(shape, 1, 8192, 8192);
     }
   }
 }

@@ -115,8 +115,8 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     ASSERT_EQ(names.size(), count);
     EXPECT_EQ(names.front().substr(0, first.size()), first);
   }
-  // Eagerly and replayed, over kv_indices and over a block table, `config` over float8 KV in HND with a soft cap,
-  // sinks, and scales and lengths that differ from step to step gives what the definition says.
+  // Eagerly and replayed, over kv_indices under a window and over a block table without one, `config` over float8 KV in
+  // HND with a soft cap, sinks, and scales and lengths that differ from step to step gives what the definition says.
   void ExpectAttention(const StepAttentionConfig& config, const std::vector<int32_t>& qo_lens) {
     ExpectAttention(config, qo_lens, false);
     metadata_.reset();
@@ -128,6 +128,7 @@ class StepAttentionTest : public DeviceTest<BackendT> {
     config.route.kv_dtype = DType::kFloat8E4M3;
     config.layout = KvLayout::kHND;
     config.soft_cap = 3;
+    config.window = block_table ? 0 : 13;
     const Extent bucket = config.buckets.front();
     ASSERT_OK_AND_ASSIGN(const auto attention, StepAttention::Create(*manager_, *metadata_, config));
     const size_t q_bytes = size_t{1} * bucket.tokens * kHeads * kHeadDim * sizeof(uint16_t);
@@ -170,6 +171,7 @@ class StepAttentionTest : public DeviceTest<BackendT> {
                               .head_dim = kHeadDim,
                               .page_size = kPageSize,
                               .layout = config.layout,
+                              .window = config.window,
                               .soft_cap = config.soft_cap,
                               .sinks = true,
                               .k_scale = k_scale,
@@ -327,6 +329,25 @@ TYPED_TEST(StepAttentionTest, ARaggedStepIsRefusedToAGraphOfOneQLen) {
   EXPECT_STATUS(plan({4, 4, 0}), kInvalidArgument, "request 2 has 0 query tokens");
   EXPECT_STATUS(plan({3, 5}), kInvalidArgument, "sglang PR #24856");
   EXPECT_OK(plan({4, 4, 4, 4}));
+}
+
+// The context kernels would run such a step; the engine has said that there is none.
+TYPED_TEST(StepAttentionTest, ARaggedStepIsRefusedToAContextGraphOfOneQLenForAnotherReason) {
+  const StepAttentionConfig config = this->Config(ForwardMode::kDraftExtend, 5);
+  absl::StatusOr<std::unique_ptr<StepAttention>> extend =
+      StepAttention::Create(*this->manager_, *this->metadata_, config);
+  ASSERT_OK(extend);
+  ASSERT_EQ((*extend)->family(), KernelFamily::kContext);
+  const std::vector<int32_t> lengths = {9, 9}, qo_indptr = {0, 5, 8}, slots(8, 0);
+  EXPECT_STATUS((*extend)->Plan(config.buckets.front(), {.lengths = lengths,
+                                                         .kv_indptr = {},
+                                                         .kv_indices = {},
+                                                         .slots = slots,
+                                                         .positions = {},
+                                                         .qo_indptr = qo_indptr}),
+                kInvalidArgument,
+                "request 1 has 3 query tokens; route.q_len says that a draft_extend graph has 5 for every request; "
+                "instead: a graph of a mode whose requests may differ");
 }
 
 TYPED_TEST(StepAttentionTest, WhatDoesNotFitTogetherIsRefusedAndLeavesNothingRegistered) {

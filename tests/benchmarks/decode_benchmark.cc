@@ -108,7 +108,7 @@ absl::StatusOr<std::vector<Cell>> ReadPeer(const std::string& path) {
 std::vector<Cell> OwnCells() {
   std::vector<Cell> cells;
   for (const bool float8 : {false, true}) {
-    for (const int32_t page_size : {1, 16, 64}) {
+    for (const int32_t page_size : {1, 16, 32, 64, 128}) {
       for (const auto& [batch, length] : {std::pair{1, 1024}, {8, 1024}, {1, 16384}, {32, 1024}, {32, 8192}}) {
         cells.push_back({float8, 32, 8, 128, page_size, batch, length});
       }

@@ -386,8 +386,9 @@ INSTANTIATE_TEST_SUITE_P(
                                     Shape{"DenseLen", {"--dense-len=200"}},
                                     Shape{"OddBuckets", {"--max-batch=7", "--buckets=3,7"}},
                                     Shape{"OneAtATime", {"--max-batch=1"}}, Shape{"CheckAlways", {"--check=always"}},
-                                    Shape{"CheckOff", {"--check=off"}}, Shape{"WindowOf1", {"--window=1"}},
-                                    Shape{"TightPool", {"--kv-tokens=8192"}})),
+                                    Shape{"CheckOff", {"--check=off"}}, Shape{"PlannedByTheHost", {"--scheduler=host"}},
+                                    Shape{"PlannedByTheHostInBFloat16", {"--scheduler=host", "--dtype=bfloat16"}},
+                                    Shape{"WindowOf1", {"--window=1"}}, Shape{"TightPool", {"--kv-tokens=8192"}})),
     [](const auto& param_info) {
       return std::string(std::get<1>(param_info.param).name) + "_" + std::get<0>(param_info.param);
     });

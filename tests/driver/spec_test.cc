@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "pristine/graph_runtime/device.h"
 #include "tests/driver/run_driver.h"
+#include "tests/driver/traces.h"
 #include "tests/support/backends.h"
 
 namespace pristine::testing {
@@ -110,6 +111,21 @@ TYPED_TEST(SpecTest, SoItIsInBFloat16WithLargerPagesAndTheMostDrafts) {
   EXPECT_EQ(result.report["tokens"].number, served.tokens);
 }
 
+// Draft steps and verify planned on the host, whose decode is followed by a merge of its own.
+TYPED_TEST(SpecTest, SoItIsWithPlansOfTheHost) {
+  const Served served = ShortRequests(5, 7);
+  const DriverResult result = this->Run(served, {"--spec=4", "--scheduler=host"});
+  ExpectClean(result);
+  ExpectRounds(result, 4);
+  EXPECT_EQ(result.report["tokens"].number, served.tokens);
+  const std::vector<Json>& phases = result.report["spec"]["phases"].array;
+  for (size_t i = 0; i < phases.size(); ++i) {
+    const std::vector<Json>& kernels = phases[i]["kernels"].array;
+    const auto merges = [](const Json& kernel) { return kernel.text.rfind("merge_states", 0) == 0; };
+    EXPECT_EQ(std::any_of(kernels.begin(), kernels.end(), merges), i < 2) << "phase " << i;
+  }
+}
+
 // As many tokens for each request: through either family the same attention.
 TYPED_TEST(SpecTest, AFixedDraftExtendTakesEitherFamily) {
   const Served served = ShortRequests(5, 6);
@@ -164,6 +180,20 @@ TYPED_TEST(SpecTest, WhereAllHoldRoundsAreAsFewAsCanBe) {
   EXPECT_EQ(result.report["requests_finished"].number, 2);
   EXPECT_EQ(Count(result, "rounds"), 3);
   EXPECT_EQ(Count(result, "rolled_back"), 3) << "of the second request's last round, which lacked one token";
+}
+
+// Prompts of thousands of tokens, at the sizes of the main job; on Host the trace's beginning.
+TYPED_TEST(SpecTest, SoItIsOverTheAzureTrace) {
+  const std::string path = TracePath("azure_llm_2023_code.csv");
+  if (path.empty()) GTEST_SKIP() << kNoTraces;
+  DriverSetting setting;
+  if (std::string(TypeParam::kName) == "HostDeferred") setting.host_run = HostOptions::Run::kDeferred;
+  const DriverResult result =
+      RunDriver({"--trace=" + path, "--spec=4", "--compare-eager=20", "--check=always",
+                 this->on_host() ? "--device=host" : "--device=cuda", this->on_host() ? "--steps=12" : "--steps=1500"},
+                setting);
+  ExpectClean(result);
+  ExpectRounds(result, 4);
 }
 
 TYPED_TEST(SpecTest, AMisroutedDraftExtendIsRefusedTwiceAndTheRunGoesOn) {

@@ -17,6 +17,14 @@ absl::Status CheckShape(const AttentionShape& shape) {
   const auto refuse = [](const char* name, int64_t value, const char* accepted) {
     return absl::InvalidArgumentError(absl::StrCat("AttentionShape: ", name, " is ", value, "; accepted: ", accepted));
   };
+  if (shape.dtype == attention::DType::kFloat8E4M3) {
+    return absl::InvalidArgumentError("AttentionShape: dtype is float8_e4m3; accepted: float32, bfloat16, float16");
+  }
+  if (shape.stored_dtype() != shape.dtype && shape.stored_dtype() != attention::DType::kFloat8E4M3) {
+    return absl::InvalidArgumentError(absl::StrCat("AttentionShape: kv_dtype is ", ToString(shape.stored_dtype()),
+                                                   "; accepted: dtype, which is ", ToString(shape.dtype),
+                                                   ", or float8_e4m3"));
+  }
   if (shape.head_dim < 1) return refuse("head_dim", shape.head_dim, "1 or more");
   if (shape.kv_heads < 1) return refuse("kv_heads", shape.kv_heads, "1 or more");
   if (shape.q_heads < 1 || shape.q_heads % shape.kv_heads != 0) {
@@ -115,12 +123,12 @@ std::optional<Subject::Place> AttentionSubject::WrongValue(size_t step, const By
 std::string AttentionSubject::Values(const Bytes& a, const Bytes& b, int32_t row, int32_t place) const {
   const Layout::Part &out = layout_[Layout::kOut], &lse = layout_[Layout::kLse];
   for (int32_t d = 0; d < shape_.head_dim; ++d) {
-    const size_t offset = out.offset + row * out.row + (place * shape_.head_dim + d) * out.element;
-    if (std::memcmp(a.data() + offset, b.data() + offset, out.element) == 0) continue;
+    const size_t offset = out.offset + row * out.row + (place * shape_.head_dim + d) * out.element();
+    if (std::memcmp(a.data() + offset, b.data() + offset, out.element()) == 0) continue;
     return absl::StrCat("out[", d, "] ", Fetch(shape_.dtype, a.data() + offset), " and ",
                         Fetch(shape_.dtype, b.data() + offset));
   }
-  const size_t offset = lse.offset + row * lse.row + place * lse.element;
+  const size_t offset = lse.offset + row * lse.row + place * lse.element();
   return absl::StrCat("lse ", Fetch(attention::DType::kFloat32, a.data() + offset), " and ",
                       Fetch(attention::DType::kFloat32, b.data() + offset));
 }

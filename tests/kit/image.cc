@@ -16,28 +16,28 @@ using attention::DType;
 size_t AlignUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Sets all elements of `parts`.
-void FillParts(Bytes& image, const Layout& layout, std::initializer_list<Layout::Name> parts, DType dtype,
-               float value) {
+void FillParts(Bytes& image, const Layout& layout, std::initializer_list<Layout::Name> parts, float value) {
   for (const Layout::Name name : parts) {
-    Fill(dtype, value, image.data() + layout[name].offset, layout[name].bytes);
+    Fill(layout[name].dtype, value, image.data() + layout[name].offset, layout[name].bytes);
   }
 }
 
 }  // namespace
 
 Layout::Layout(const AttentionShape& shape) {
-  const size_t element = SizeOf(shape.dtype);
-  const size_t q_row = element * shape.q_len * shape.q_heads * shape.head_dim;
-  const size_t kv_row = element * shape.kv_heads * shape.head_dim, new_row = kv_row * shape.q_len;
+  const DType dtype = shape.dtype, stored = shape.stored_dtype();
+  const size_t kv_row = size_t{1} * shape.kv_heads * shape.head_dim;  // elements
+  const size_t q_row = SizeOf(dtype) * shape.q_len * shape.q_heads * shape.head_dim;
+  const size_t new_row = SizeOf(dtype) * kv_row * shape.q_len, page = SizeOf(stored) * kv_row * shape.page_size;
   const size_t lse_row = sizeof(float) * shape.q_len * shape.q_heads;
-  const size_t page = kv_row * shape.page_size, requests = shape.max_requests(), pages = shape.num_pages() + 1;
-  parts_ = {Part{"q", 0, requests * q_row, element, q_row},
-            {"k_new", 0, requests * new_row, element, new_row},
-            {"v_new", 0, requests * new_row, element, new_row},
-            {"k", 0, pages * page, element, page},
-            {"v", 0, pages * page, element, page},
-            {"out", 0, requests * q_row, element, q_row},
-            {"lse", 0, requests * lse_row, sizeof(float), lse_row}};
+  const size_t requests = shape.max_requests(), pages = shape.num_pages() + 1;
+  parts_ = {Part{"q", 0, requests * q_row, dtype, q_row},
+            {"k_new", 0, requests * new_row, dtype, new_row},
+            {"v_new", 0, requests * new_row, dtype, new_row},
+            {"k", 0, pages * page, stored, page},
+            {"v", 0, pages * page, stored, page},
+            {"out", 0, requests * q_row, dtype, q_row},
+            {"lse", 0, requests * lse_row, DType::kFloat32, lse_row}};
   for (Part& part : parts_) {
     part.offset = bytes_;
     bytes_ = AlignUp(bytes_ + part.bytes) + 256;
@@ -84,18 +84,25 @@ std::string Layout::StrayWrite(const AttentionShape& shape, int32_t bucket, cons
   const size_t offset = at - part->offset;
   if (offset >= part->bytes) return absl::StrCat("byte ", offset - part->bytes, " past the end of ", part->name);
   return absl::StrCat(part->name, part == &parts_[kK] || part == &parts_[kV] ? " page " : " row ", offset / part->row,
-                      ", element ", offset % part->row / part->element);
+                      ", element ", offset % part->row / part->element());
 }
 
 double StepImage::Value(What what, int32_t row, int32_t position, int32_t head, int32_t d) const {
   const uint64_t place = Mix(Mix(uint64_t{what} << 32 | static_cast<uint32_t>(row)) ^ static_cast<uint32_t>(position)) ^
                          (static_cast<uint64_t>(head) << 32 | static_cast<uint32_t>(d));
   const double uniform = static_cast<double>(Mix(step_.seed ^ place) >> 11) * 0x1p-53;
-  return Round(shape_.dtype, (2 * uniform - 1) * std::sqrt(3.0));
+  return Round(what == kQuery ? shape_.dtype : shape_.stored_dtype(), (2 * uniform - 1) * std::sqrt(3.0));
 }
 
 void StepImage::Put(std::vector<std::byte>& image, Layout::Name part, int64_t index, double value) const {
-  Store(shape_.dtype, static_cast<float>(value), image.data() + layout_[part].offset + index * layout_[part].element);
+  const Layout::Part& to = layout_[part];
+  Store(to.dtype, static_cast<float>(value), image.data() + to.offset + index * to.element());
+}
+
+int64_t StepImage::Place(int32_t r, int32_t p, int32_t i) const {
+  const int64_t slot = step_.Slot(shape_, r, p), page_size = shape_.page_size, dim = shape_.head_dim;
+  if (shape_.layout == attention::KvLayout::kNHD) return slot * shape_.kv_heads * dim + i;
+  return ((slot / page_size * shape_.kv_heads + i / dim) * page_size + slot % page_size) * dim + i % dim;
 }
 
 bool StepImage::Attended(int32_t row, int32_t kv_head, int32_t position) const {
@@ -110,8 +117,8 @@ std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
   // Outputs and gaps: NaN in every dtype, or large and finite.
   std::vector<std::byte> image(layout_.bytes(), poison == Poison::kNan ? std::byte{0xff} : std::byte{0x7a});
   // Inputs have another poison than the pool: a stored padded row shows.
-  FillParts(image, layout_, {Layout::kQ, Layout::kKNew, Layout::kVNew}, shape_.dtype, PoisonValue(poison));
-  FillParts(image, layout_, {Layout::kK, Layout::kV}, shape_.dtype, -PoisonValue(poison));
+  FillParts(image, layout_, {Layout::kQ, Layout::kKNew, Layout::kVNew}, PoisonValue(poison));
+  FillParts(image, layout_, {Layout::kK, Layout::kV}, -PoisonValue(poison));
   for (const Layout::Name part : {Layout::kK, Layout::kV}) {  // the dummy page is finite
     std::fill_n(image.begin() + layout_[part].offset, layout_[part].row, std::byte{0});
   }
@@ -136,8 +143,8 @@ std::vector<std::byte> StepImage::Build(Poison poison, bool appended) const {
         // What is not attended is poison, but for what the step itself stores there.
         const bool stored = p >= first_new && shape_.appends;
         if (!stored && !Attended(r, i / dim, p)) continue;
-        Put(image, Layout::kK, step_.Slot(shape_, r, p) * kv_row + i, key);
-        Put(image, Layout::kV, step_.Slot(shape_, r, p) * kv_row + i, value);
+        Put(image, Layout::kK, Place(r, p, i), key);
+        Put(image, Layout::kV, Place(r, p, i), value);
       }
     }
   }

@@ -21,7 +21,9 @@ class Layout {
   struct Part {
     const char* name;
     size_t offset, bytes;  // k and v: with the page past num_pages
-    size_t element, row;   // bytes of an element; of a row (of a request, or of a page)
+    attention::DType dtype;
+    size_t row;  // bytes of a row (of a request, or of a page)
+    size_t element() const { return attention::SizeOf(dtype); }
   };
   enum Name { kQ, kKNew, kVNew, kK, kV, kOut, kLse };
 
@@ -39,7 +41,7 @@ class Layout {
   size_t bytes_ = 0;
 };
 
-// Values of a step: K, V and Q come from a hash, rounded to the shape's dtype.
+// Values of a step: Q comes from a hash, rounded to the shape's dtype; K and V too, rounded to that of the pool.
 class StepImage {
  public:
   StepImage(const AttentionShape& shape, const Layout& layout, const KitStep& step)
@@ -55,6 +57,8 @@ class StepImage {
   bool Attended(int32_t row, int32_t kv_head, int32_t position) const;
   double Value(What what, int32_t row, int32_t position, int32_t head, int32_t d) const;
   void Put(std::vector<std::byte>& image, Layout::Name part, int64_t index, double value) const;
+  // Where element i of [kv_heads, head_dim] of position `p` of request `r` lies in a pool.
+  int64_t Place(int32_t r, int32_t p, int32_t i) const;
 
   const AttentionShape& shape_;
   const Layout& layout_;

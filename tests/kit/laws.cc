@@ -10,13 +10,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "attention/kernels/bfloat16.h"
+#include "attention/kernels/float16.h"
+#include "attention/kernels/float8.h"
 #include "pristine/graph_runtime/graph.h"
 #include "pristine/graph_runtime/status.h"
 
 namespace pristine::conformance {
 namespace {
 
-using attention::BFloat16;
 using attention::DType;
 
 class Checker {
@@ -272,12 +273,23 @@ void Checker::Add(Finding::Kind kind, size_t index, const std::string& detail, i
       {.kind = kind, .bucket = step.bucket, .lengths = step.lengths, .row = row, .head = head, .detail = detail});
 }
 
+template <class T>
+T Read(const std::byte* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+template <class T>
+void Write(T value, std::byte* to) {
+  std::memcpy(to, &value, sizeof(value));
+}
+
 }  // namespace
 
 const char* ToString(Poison poison) { return poison == Poison::kNan ? "NaN" : "maximal"; }
 
 float PoisonValue(Poison poison) {
-  constexpr float kLarge = 1e4f;  // finite in every dtype, and far above all live values
+  constexpr float kLarge = 1e4f;  // finite in every dtype (448 in float8), and far above all live values
   return poison == Poison::kNan ? std::numeric_limits<float>::quiet_NaN() : kLarge;
 }
 
@@ -307,27 +319,35 @@ uint64_t Mix(uint64_t x) {  // splitmix64
 }
 
 double Fetch(DType dtype, const std::byte* from) {
-  if (dtype == DType::kFloat32) {
-    float value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
+  switch (dtype) {
+    case DType::kFloat32:
+      return Read<float>(from);
+    case DType::kBFloat16:
+      return ToFloat(Read<attention::BFloat16>(from));
+    case DType::kFloat16:
+      return ToFloat(Read<attention::Float16>(from));
+    case DType::kFloat8E4M3:
+      return ToFloat(Read<attention::Float8E4M3>(from));
   }
-  BFloat16 value;
-  std::memcpy(&value, from, sizeof(value));
-  return ToFloat(value);
+  return std::numeric_limits<double>::quiet_NaN();
 }
 
 double Round(DType dtype, double value) {
-  const float single = static_cast<float>(value);
-  return dtype == DType::kFloat32 ? single : ToFloat(attention::FromFloat<BFloat16>(single));
+  std::byte stored[sizeof(float)];
+  Store(dtype, static_cast<float>(value), stored);
+  return Fetch(dtype, stored);
 }
 
 void Store(DType dtype, float value, std::byte* to) {
-  if (dtype == DType::kFloat32) {
-    std::memcpy(to, &value, sizeof(value));
-  } else {
-    const BFloat16 rounded = attention::FromFloat<BFloat16>(value);
-    std::memcpy(to, &rounded, sizeof(rounded));
+  switch (dtype) {
+    case DType::kFloat32:
+      return Write(value, to);
+    case DType::kBFloat16:
+      return Write(attention::FromFloat<attention::BFloat16>(value), to);
+    case DType::kFloat16:
+      return Write(attention::FromFloat<attention::Float16>(value), to);
+    case DType::kFloat8E4M3:
+      return Write(attention::FromFloat<attention::Float8E4M3>(value), to);
   }
 }
 

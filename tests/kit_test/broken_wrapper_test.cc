@@ -187,6 +187,10 @@ TYPED_TEST(BrokenWrapperTest, TheGoogleTestLayerFailsWithTheReport) {
 TYPED_TEST(BrokenWrapperTest, AShapeThatMakesNoSenseIsInvalid) {
   ASSERT_OK_AND_ASSIGN(const auto wrapper, NaiveWrapper::Create(*this->device_, {}, Fault::kNone));
   EXPECT_STATUS(CheckAttention(*this->stream_, *wrapper, {.q_heads = 3}), kInvalidArgument, "q_heads is 3");
+  EXPECT_STATUS(CheckAttention(*this->stream_, *wrapper, {.dtype = attention::DType::kFloat8E4M3}), kInvalidArgument,
+                "dtype is float8_e4m3; accepted: float32, bfloat16, float16");
+  EXPECT_STATUS(CheckAttention(*this->stream_, *wrapper, {.kv_dtype = attention::DType::kFloat16}), kInvalidArgument,
+                "kv_dtype is float16; accepted: dtype, which is float32, or float8_e4m3");
   EXPECT_STATUS(CheckAttention(*this->stream_, *wrapper, {.page_size = 0}), kInvalidArgument, "page_size is 0");
   EXPECT_STATUS(CheckAttention(*this->stream_, *wrapper, {.buckets = {4, 2}}), kInvalidArgument, "buckets is 2");
   EXPECT_STATUS(CheckAttention(*this->stream_, *wrapper, {.buckets = {}}), kInvalidArgument, "buckets is empty");

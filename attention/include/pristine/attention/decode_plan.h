@@ -26,8 +26,9 @@ enum class DecodeScheduler {
 
 // One plan kind: layers that agree in all of this share a plan.
 struct DecodePlanConfig {
-  std::string name = "plan";           // prefix of the buffers' names
-  std::vector<Extent> buckets = {};    // a private workspace for each
+  std::string name = "plan";  // prefix of the buffers' names
+  // Of the graphs that decode; at most 8192 rows each, 4096 with head_dim 256. kHost: a private workspace for each.
+  std::vector<Extent> buckets = {};
   int32_t rows_per_request = 1;        // KV-head groups that count as requests of their own (sparse path)
   int32_t q_len = 1;                   // query tokens of each row, 1 to 16: the last ones of its length
   int32_t q_heads = 0, kv_heads = 0;   // of one row; q_heads % kv_heads == 0, at most 32 query heads per KV head
@@ -63,6 +64,7 @@ absl::StatusOr<int32_t> PlanItems(const DecodePlanConfig& config, const Extent& 
 // How many 4-byte values of scratch a plan registers, for those who budget memory.
 int64_t ScratchValues(const DecodePlanConfig& config, int multiprocessors);
 
+// Used by one thread at a time, as its manager.
 class DecodePlan {
  public:
   // Registers the partial results that the wrappers of this plan share (kScratch), and what the scheduler needs. kHost:

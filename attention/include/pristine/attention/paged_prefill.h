@@ -72,9 +72,9 @@ class PagedPrefill {
                                                               const PrefillVariant& variant);
 
   // Queues one kernel (none where bucket.tokens is 0). Captureable: allocates nothing, reads no host memory, does not
-  // block. INVALID_ARGUMENT: a stream of another device, a bucket without requests or with 2^31
-  // (tokens + requests + 1) * q_heads, a tensor too small for `bucket` or not aligned (name, size, need), both or
-  // neither kind of page table.
+  // block. INVALID_ARGUMENT: a stream of another device; a bucket with tokens and no requests, or one where
+  // (tokens + requests + 1) * q_heads is 2^31 or more; a tensor too small for `bucket` or not aligned (name, size,
+  // need); both or neither kind of page table.
   absl::Status Run(Stream& stream, const Extent& bucket, const PrefillTensors& tensors) const;
 
   const PagedPrefillConfig& config() const { return config_; }

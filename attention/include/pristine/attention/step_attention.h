@@ -64,7 +64,7 @@ class StepAttention {
 
   // For the manager's open step, of `bucket`, after its metadata's Refill with the same `values`: plans, where the
   // kernels are planned for on the host. Does not allocate or block. INVALID_ARGUMENT: a request with another number of
-  // tokens than the graph's q_len, which these kernels would run all the same, over the tokens of its neighbours
+  // tokens than the graph's q_len, which the decode kernels would run all the same, over the tokens of its neighbours
   // (sglang PR #24856); the message says which and what to do. Codes of DecodePlan::Plan.
   absl::Status Plan(const Extent& bucket, const StepValues& values);
 

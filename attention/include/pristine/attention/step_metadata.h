@@ -49,7 +49,7 @@ struct StepValues {
 // Originals (what captures and warm-ups see): lengths worst_length, kv_indptr evenly spaced, kv_indices the dummy page,
 // slots -1, positions 0. Tails: lengths 0, kv_indptr its own last real value, pages the dummy page, slots -1. A block
 // table has the dummy page in its original, and wherever no request has a page of its own: in padded rows, and in the
-// columns behind a request's pages, which kernels prefetch.
+// columns behind a request's pages, which kernels prefetch. Used by one thread at a time, as its manager.
 class StepMetadata {
  public:
   // `manager` must outlive this. INVALID_ARGUMENT: a size < 1 or of 2^31 - 1 requests, max_requests * ceil(worst_length

@@ -25,6 +25,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,12 +41,15 @@ namespace pristine::conformance {
 
 // What the wrapper claims to support; the kit keeps within it.
 struct AttentionShape {
-  attention::DType dtype = attention::DType::kFloat32;  // of q, k, v and out
+  attention::DType dtype = attention::DType::kFloat32;  // of q, k_new, v_new and out: float32, bfloat16 or float16
+  // Of k and v: dtype (nothing given), or kFloat8E4M3. Then all keys and values are such numbers, and scales are 1.
+  std::optional<attention::DType> kv_dtype = {};
   int32_t q_heads = 4, kv_heads = 2, head_dim = 64;
-  int32_t q_len = 1;                         // query tokens of a request, its newest ones: several in target verify
-  int32_t page_size = 8;                     // tokens
-  int32_t max_length = 40;                   // of a request, in tokens
-  std::vector<int32_t> buckets = {1, 3, 8};  // requests, ascending
+  int32_t q_len = 1;      // query tokens of a request, its newest ones: several in target verify
+  int32_t page_size = 8;  // tokens
+  attention::KvLayout layout = attention::KvLayout::kNHD;  // of k and v
+  int32_t max_length = 40;                                 // of a request, in tokens
+  std::vector<int32_t> buckets = {1, 3, 8};                // requests, ascending
   // Of a live request: 1 where the wrapper takes no empty ones, q_len where it takes none shorter than its queries.
   int32_t min_length = 0;
   double scale = 0;                                              // of scores; 0: 1 / sqrt(head_dim)
@@ -64,6 +68,7 @@ struct AttentionShape {
   int32_t max_step_pages() const { return max_requests() * ((max_length - 1) / page_size + 1); }
   // Page 0 is the dummy page: zeros, may be written, belongs to no request. The last page belongs to none either.
   int32_t num_pages() const { return max_step_pages() + 2; }
+  attention::DType stored_dtype() const { return kv_dtype.value_or(dtype); }  // of k and v
 };
 
 // Device memory of all runs: the addresses never change. One page more than num_pages() is mapped, so that a page
@@ -71,7 +76,7 @@ struct AttentionShape {
 struct AttentionTensors {
   DeviceSpan<const std::byte> q;             // [max_requests, q_len, q_heads, head_dim]
   DeviceSpan<const std::byte> k_new, v_new;  // [max_requests, q_len, kv_heads, head_dim], of the newest tokens
-  DeviceSpan<std::byte> k, v;                // [num_pages, page_size, kv_heads, head_dim]
+  DeviceSpan<std::byte> k, v;                // [num_pages, page_size, kv_heads, head_dim], or as `layout` says
   // Of queries that attend nothing, those of an empty request or before a request's first token: zeros and -inf.
   DeviceSpan<std::byte> out;  // [max_requests, q_len, q_heads, head_dim]
   DeviceSpan<float> lse;      // [max_requests, q_len, q_heads]
