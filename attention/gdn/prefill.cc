@@ -165,12 +165,18 @@ absl::Status Prefill::Run(Stream& stream, const Extent& bucket, const PrefillTen
   const int32_t multiprocessors = device_.multiprocessors();
   params.heads_per_block = PrefillHeadsPerBlock(ChunkBound(bucket.requests, bucket.tokens), config_.qk_heads,
                                                 v_heads / config_.qk_heads, multiprocessors);
-  params.v_parts =
-      tuning_.has_value() ? kHeadDim / tuning_->bv : PrefillVParts(bucket.requests, v_heads, multiprocessors);
+  params.v_parts = tuning_.has_value() ? kHeadDim / tuning_->bv
+                                       : PrefillVParts(bucket.requests, bucket.tokens, v_heads, multiprocessors);
+  if (params.v_parts == kByLengths) {
+    params.longest_share = PrefillLongestShare(bucket.requests, v_heads, multiprocessors);
+  }
   params.scale = config_.scale;
   params.state_dtype = states.dtype;
   params.clamp_to_zero = states.padded_rows == PaddedRows::kClampToZero;
-  if (params.v_parts == 1) return Launch(stream, kFused, params);
+  if (params.v_parts != 2) {
+    PRISTINE_RETURN_IF_ERROR(Launch(stream, kFused, params));
+  }
+  if (params.v_parts == 1) return absl::OkStatus();
   PRISTINE_RETURN_IF_ERROR(Launch(stream, kPrepare, params));
   return Launch(stream, kStates, params);
 }

@@ -54,8 +54,11 @@ std::vector<int32_t> Lengths(const std::string& text) {
     const int32_t first = std::atoi(text.c_str()), second = std::atoi(text.c_str() + x + 1);
     return first == 1 ? std::vector<int32_t>{second} : std::vector<int32_t>(static_cast<size_t>(second), first);
   }
-  const size_t plus = text.find('+');
-  return {std::atoi(text.c_str()), std::atoi(text.c_str() + plus + 1)};
+  std::vector<int32_t> lengths = {std::atoi(text.c_str())};
+  for (size_t plus = text.find('+'); plus != std::string::npos; plus = text.find('+', plus + 1)) {
+    lengths.push_back(std::atoi(text.c_str() + plus + 1));
+  }
+  return lengths;
 }
 
 struct Array {
@@ -90,6 +93,11 @@ class Bench {
       slots.push_back(static_cast<int32_t>(slots.size()) + 1);
     }
     const Extent bucket = {requests, cu.back()};
+    if (bucket.tokens < 1 || bucket.tokens > kMaxTokens || peers.qk_heads > kMaxQkHeads || peers.v_heads > kMaxVHeads) {
+      return absl::InvalidArgumentError(absl::StrCat(peers.qk_heads, "/", peers.v_heads, " ", peers.lengths,
+                                                     ": at most ", kMaxQkHeads, "/", kMaxVHeads, " heads and ",
+                                                     kMaxTokens, " tokens"));
+    }
     PRISTINE_ASSIGN_OR_RETURN(
         const std::unique_ptr<Prefill> prefill,
         Prefill::Create(*device_, {.largest = bucket, .qk_heads = peers.qk_heads, .v_heads = peers.v_heads}));
@@ -277,10 +285,22 @@ absl::Status Run(const std::vector<std::string>& wanted) {
               bench->device_name().c_str(), kBandwidth, kFlops);
   std::printf("%-5s %-12s %8s %8s %8s %6s %8s %6s %8s %6s %8s %6s %8s\n", "heads", "lengths", "mixed", "slow", "floor",
               "/floor", "FLA", "faster", "FlashInf", "faster", "FlashQLA", "faster", "rms");
+  std::vector<std::string> parts;
+  for (const std::string& text : wanted) {
+    PrefillPeers own = {};
+    int lengths = 0;
+    if (std::sscanf(text.c_str(), "%d/%d=%n", &own.qk_heads, &own.v_heads, &lengths) < 2 || lengths == 0) {
+      parts.push_back(text);
+      continue;
+    }
+    own.lengths = text.c_str() + lengths;
+    PRISTINE_RETURN_IF_ERROR(bench->Row(own));
+  }
+  if (parts.empty() && !wanted.empty()) return absl::OkStatus();
   for (const PrefillPeers& peers : kPrefillPeers) {
     const std::string name = absl::StrCat(peers.qk_heads, "/", peers.v_heads, " ", peers.lengths);
     const auto names = [&](const std::string& part) { return name.find(part) != std::string::npos; };
-    if (!wanted.empty() && std::none_of(wanted.begin(), wanted.end(), names)) continue;
+    if (!parts.empty() && std::none_of(parts.begin(), parts.end(), names)) continue;
     PRISTINE_RETURN_IF_ERROR(bench->Row(peers));
   }
   return absl::OkStatus();
@@ -294,7 +314,8 @@ int main(int argc, char** argv) {
     std::printf(
         "usage: gdn_prefill_benchmark [ROWS...]\nTimes Gated Delta Net prefill on the first GPU, after checking it. "
         "each of ROWS: "
-        "a part of the rows' names, such as\n\"16/32\" or \"16/32 1x8192\"; default: all.\n"
+        "a part of the rows' names, such as\n\"16/32\" or \"16/32 1x8192\", or a row without peers, such as "
+        "\"16/32=4096+2048+2048\"; default: all the names.\n"
         "Exit: 0 done, 1 a wrong result or an error, 2 usage.\n");
     return argc == 2 && std::string(argv[1]) == "--help" ? 0 : 2;
   }

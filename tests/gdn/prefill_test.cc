@@ -61,13 +61,50 @@ TEST(PrefillPlaces, OfTwoSequencesNeverOverlap) {
 }
 
 TEST(PrefillShape, FollowsBucketAndDevice) {
-  EXPECT_EQ(PrefillVParts(8, 8, 132), 2);
-  EXPECT_EQ(PrefillVParts(6, 11, 132), 2);
-  EXPECT_EQ(PrefillVParts(67, 1, 132), 1);
-  EXPECT_EQ(PrefillVParts(4, 17, 132), 1);
-  EXPECT_EQ(PrefillVParts(3, 64, 132), 2);
+  EXPECT_EQ(PrefillVParts(8, 9000, 8, 132), 2);
+  EXPECT_EQ(PrefillVParts(6, 9000, 11, 132), 2);
+  EXPECT_EQ(PrefillVParts(67, 9000, 1, 132), 1);
+  EXPECT_EQ(PrefillVParts(4, 9000, 17, 132), 1);
+  EXPECT_EQ(PrefillVParts(1, 9000, 128, 132), 2);
+  EXPECT_EQ(PrefillVParts(2, 9000, 33, 132), 2);
+  EXPECT_EQ(PrefillVParts(2, 9000, 34, 132), kByLengths);
+  EXPECT_EQ(PrefillVParts(2, 9000, 66, 132), kByLengths);
+  EXPECT_EQ(PrefillVParts(2, 9000, 67, 132), 2);
+  EXPECT_EQ(PrefillVParts(3, 9000, 44, 132), kByLengths);
+  EXPECT_EQ(PrefillVParts(3, 9000, 45, 132), 2);
+  EXPECT_EQ(PrefillVParts(3, 321, 44, 132), kByLengths);
+  EXPECT_EQ(PrefillVParts(3, 320, 44, 132), 1);
   EXPECT_EQ(PrefillHeadsPerBlock(33, 16, 2, 132), 2);
   EXPECT_EQ(PrefillHeadsPerBlock(32, 16, 2, 132), 1);
+}
+
+// The least share of the longest sequence with which the second of two kernels, block by block wherever there is room
+// first, and the first ahead of it end before one kernel does.
+TEST(PrefillShape, TheShareOfTheLongestIsWhereTwoKernelsEndFirst) {
+  const auto two_end_first = [](int32_t sequences, int32_t v_heads, int32_t multiprocessors, int32_t share) {
+    std::vector<double> room(static_cast<size_t>(multiprocessors));
+    for (int32_t block = 0; block < 2 * v_heads * sequences; ++block) {
+      *std::min_element(room.begin(), room.end()) += block < 2 * v_heads ? share : (64. - share) / (sequences - 1);
+    }
+    const double prepare = 0.65 * 64 * v_heads / multiprocessors;
+    return prepare + *std::max_element(room.begin(), room.end()) < 2. * share;
+  };
+  for (const int32_t multiprocessors : {8, 78, 132}) {
+    for (int32_t sequences = 2; sequences <= kMaxByLengths; ++sequences) {
+      for (int32_t v_heads = 1; v_heads < 70; ++v_heads) {
+        if (PrefillVParts(sequences, 9000, v_heads, multiprocessors) != kByLengths) continue;
+        SCOPED_TRACE(absl::StrCat(sequences, " sequences, ", v_heads, " heads, ", multiprocessors));
+        const int32_t share = PrefillLongestShare(sequences, v_heads, multiprocessors);
+        const int32_t least = (63 + sequences) / sequences;
+        ASSERT_GE(share, least);
+        ASSERT_LT(share, 64);
+        EXPECT_TRUE(two_end_first(sequences, v_heads, multiprocessors, share));
+        for (int32_t below = least; below < share; ++below) {
+          EXPECT_FALSE(two_end_first(sequences, v_heads, multiprocessors, below)) << below;
+        }
+      }
+    }
+  }
 }
 
 // In the pool, by slot; and on states that were gathered, with row numbers for slots, and scattered back.
@@ -224,6 +261,88 @@ TYPED_TEST(PrefillTest, EagerEqualsCapturedEqualsReplayedForAnyLengthsInTheBucke
         EXPECT_TRUE(eager_states == replayed_states);
       }
       EXPECT_EQ(this->device_->total_allocations(), allocations);
+    }
+  }
+}
+
+// Where lengths decide: one graph takes either way, and what comes out is that way's, to the bit.
+TYPED_TEST(PrefillTest, OneGraphTakesTheWayThatItsLengthsChoose) {
+  struct Case {
+    std::vector<int32_t> lengths;
+    int32_t v_parts;
+  };
+  const int32_t multiprocessors = this->device_->multiprocessors();
+  for (const int32_t sequences : {2, 3}) {
+    const int32_t v_heads = multiprocessors / (2 * sequences) + 1;
+    const Extent bucket = {sequences, TestFixture::kCuda ? 1500 : 330};
+    ASSERT_EQ(PrefillVParts(sequences, bucket.tokens, v_heads, multiprocessors), kByLengths);
+    std::vector<Case> cases = {{{30, 34}, 1}, {{1, 219}, 2}, {{}, 1}, {{64}, 1}};
+    if (sequences == 3) cases = {{{40, 1, 30}, 1}, {{3, 5, 202}, 2}, {{2, 190}, 2}};
+    if (TestFixture::kCuda) {
+      const int32_t share = PrefillLongestShare(sequences, v_heads, multiprocessors);
+      const int32_t edge = 10 * share + 64, rest = 640 - edge;  // of 640
+      const std::vector<Case> more =
+          sequences == 2 ? std::vector<Case>{{{700, 700}, 1}, {{0, 1500}, 2},    {{1100, 390}, 2},
+                                             {{511, 501}, 1}, {{edge, rest}, 2}, {{edge - 1, rest + 1}, 1}}
+                         : std::vector<Case>{{{500, 500, 500}, 1},
+                                             {{0, 0, 1500}, 2},
+                                             {{200, 1000, 300}, 2},
+                                             {{63, 0, 65}, 1},
+                                             {{rest / 2, rest - rest / 2, edge}, 2},
+                                             {{rest / 2 + 1, rest - rest / 2, edge - 1}, 1}};
+      cases.insert(cases.end(), more.begin(), more.end());
+    }
+    std::unique_ptr<Prefill> ways[2];
+    for (int i = 0; i < 2; ++i) {
+      const ScopedVariable way("PRISTINE_GDN_CHUNK_H_BV", i == 0 ? "128" : "64");
+      ASSERT_OK_AND_ASSIGN(ways[i],
+                           Prefill::Create(*this->device_, {.largest = bucket, .qk_heads = 1, .v_heads = v_heads}));
+    }
+    const DType state = sequences == 2 ? DType::kFloat32 : DType::kBFloat16;
+    ASSERT_NO_FATAL_FAILURE(this->Make({1, v_heads, bucket, state, Decay::kOwn}, sequences + 1, 14));
+    ASSERT_NO_FATAL_FAILURE(this->Upload({}));
+    ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Graph> graph,
+                         Capture(*this->stream_, [&](Stream& s) { return this->Run(s); }));
+    EXPECT_EQ(graph->nodes().size(), 3u);
+    ASSERT_OK_AND_ASSIGN(const std::unique_ptr<GraphExec> exec, graph->Instantiate());
+    for (size_t i = 0; i < cases.size(); ++i) {
+      SCOPED_TRACE(absl::StrCat(sequences, " sequences, case ", i));
+      Batch batch = {.lengths = cases[i].lengths};
+      for (int32_t s = 0; s < static_cast<int32_t>(batch.lengths.size()); ++s) {
+        batch.initial.push_back(s == 1 ? kNoSlot : s + 1);  // the first and the third in place
+        batch.final.push_back(s + 1);
+      }
+      ASSERT_NO_FATAL_FAILURE(this->Upload(batch));
+      ASSERT_OK(exec->Launch(*this->stream_));
+      ASSERT_NO_FATAL_FAILURE(this->ExpectRight([](size_t h) { return h % 11 == 1; }));
+      ASSERT_OK_AND_ASSIGN(const Bytes out, ReadBytes(*this->stream_, this->out_.bytes()));
+      ASSERT_OK_AND_ASSIGN(const Bytes states, ReadBytes(*this->stream_, this->pool_->view().states));
+      const auto expect = [&](const Prefill& prefill, bool same) {
+        ASSERT_NO_FATAL_FAILURE(this->ResetOutputs());
+        ASSERT_OK(prefill.Run(*this->stream_, bucket, this->Tensors(), this->pool_->view()));
+        ASSERT_OK_AND_ASSIGN(const Bytes got_out, ReadBytes(*this->stream_, this->out_.bytes()));
+        ASSERT_OK_AND_ASSIGN(const Bytes got_states, ReadBytes(*this->stream_, this->pool_->view().states));
+        EXPECT_EQ(out == got_out && states == got_states, same);
+      };
+      const int32_t taken = cases[i].v_parts;
+      ASSERT_NO_FATAL_FAILURE(expect(*this->prefill_, true));
+      ASSERT_NO_FATAL_FAILURE(expect(*ways[taken - 1], true));
+      // Where the ways round differently, the other's bits show that this was not it.
+      if (TestFixture::kCuda && batch.tokens() > 300) {
+        ASSERT_NO_FATAL_FAILURE(expect(*ways[2 - taken], false));
+      }
+    }
+    // Lengths that nobody should send: the kernels agree on a way and stay inside the tensors.
+    constexpr int32_t kMin = std::numeric_limits<int32_t>::min(), kMax = std::numeric_limits<int32_t>::max();
+    for (const std::vector<int32_t>& cu :
+         {std::vector<int32_t>{kMin, kMax, 5, 7}, {200, 20, 220, 10}, {20, 0, 240, 20}, {0, kMax, kMin, kMax}}) {
+      ASSERT_NO_FATAL_FAILURE(this->ResetOutputs());
+      ASSERT_OK(Put(*this->stream_, this->cu_seqlens_, std::vector<int32_t>(cu.begin(), cu.begin() + sequences + 1)));
+      ASSERT_OK(exec->Launch(*this->stream_));
+      ASSERT_OK_AND_ASSIGN(const Bytes after, ReadBytes(*this->stream_, this->pool_->view().states));
+      const auto slot_bytes =
+          static_cast<std::ptrdiff_t>(v_heads * kStateElements) * (state == DType::kFloat32 ? 4 : 2);
+      EXPECT_TRUE(std::equal(after.begin(), after.begin() + slot_bytes, this->state_bytes_.begin())) << "slot 0";
     }
   }
 }

@@ -33,7 +33,8 @@ struct PrefillParams {
   int32_t sequences, tokens;
   int32_t qk_heads, v_heads;
   int32_t heads_per_block;  // of the first of two kernels: divides v_heads / qk_heads
-  int32_t v_parts;          // blocks that share a state; 1: in one kernel, 2: in the second of two
+  int32_t v_parts;          // blocks that share a state, in as many kernels; or kByLengths: PrefillVParts
+  int32_t longest_share;    // of kByLengths: PrefillLongestShare
   float scale;
   DType state_dtype;
   bool clamp_to_zero;  // PaddedRows::kClampToZero
@@ -76,26 +77,79 @@ constexpr int32_t PrefillStatesSharedBytes(int32_t bv, int32_t stages) {
   return bv == 128 ? tiles + kPrefillRecords * kRecordBytes + kPrefillInverseBytes : tiles + stages * kRecordBytes;
 }
 
-// The shapes of both grids; functions of bucket, heads and device alone.
-// A state is one block's, in one kernel, where there are enough of them to fill the device. Two blocks share it, in two
-// kernels, where there are not, or so few sequences that one of them may be most of the tokens: each takes less time
-// for a chunk.
-constexpr int32_t PrefillVParts(int32_t sequences, int32_t v_heads, int32_t multiprocessors) {
-  return sequences < 4 || 2 * int64_t{sequences} * v_heads <= multiprocessors ? 2 : 1;
+// The shapes of the grids; functions of bucket, heads and device alone.
+// A state is one block's, in one kernel (1), where there are enough of them to fill the device. Two blocks share it, in
+// two kernels (2), where there are not: each takes half the time for a chunk. Two or three sequences whose states all
+// have room, but not two blocks for each, are faster one way or the other by their lengths (kByLengths): all three
+// kernels are queued, and cu_seqlens says which of them return at once. More heads than that leave it at two: one
+// sequence may be most of the tokens.
+inline constexpr int32_t kByLengths = 0;
+inline constexpr int32_t kMaxByLengths = 3;                 // sequences
+inline constexpr int32_t kMinTokensByLengths = 5 * kChunk;  // of the bucket; one kernel ends before another can begin
+constexpr int32_t PrefillVParts(int32_t sequences, int32_t tokens, int32_t v_heads, int32_t multiprocessors) {
+  const int64_t states = int64_t{sequences} * v_heads;
+  if (sequences == 1 || 2 * states <= multiprocessors) return 2;
+  if (sequences > kMaxByLengths) return 1;
+  if (states > multiprocessors) return 2;
+  return tokens > kMinTokensByLengths ? kByLengths : 1;
 }
+
+// Of kByLengths: the least share of the longest sequence, in 64ths of all tokens, with which two kernels end first; the
+// other sequences are taken to be of one length. The unit is what a chunk takes a block in the second of two kernels, a
+// sequence is as many chunks as its share: one kernel takes two for each of the longest. Of two, the first takes
+// kPrepare for each chunk and head, over all multiprocessors (measured on H200); in the second the longest sequence's
+// blocks begin at once, the others' wherever there is room, in rounds until the longest ends and then in its place too.
+constexpr int32_t PrefillLongestShare(int32_t sequences, int32_t v_heads, int32_t multiprocessors) {
+  constexpr double kPrepare = 0.65;
+  const int32_t blocks = 2 * v_heads, room = multiprocessors - blocks;
+  int32_t share = (63 + sequences) / sequences;
+  for (; share < 64; ++share) {
+    const double longest = share, length = (64. - share) / (sequences - 1);
+    int32_t left = (sequences - 1) * blocks, rounds = 0;
+    for (; left > 0 && rounds * length < longest; left -= room) ++rounds;
+    const double others = left <= 0 ? rounds * length : left <= blocks ? longest + length : (rounds + 1) * length;
+    const double end = others > longest ? others : longest;
+    if (end + kPrepare * 64 * v_heads / multiprocessors < 2 * longest) break;
+  }
+  return share;
+}
+
+// Of kByLengths: the longest sequence, and 1 or 2.
+struct PrefillChoice {
+  int32_t longest, v_parts;
+};
+PRISTINE_HOST_DEVICE inline PrefillChoice ChooseByLengths(const PrefillParams& p) {
+  int32_t at = 0;
+  int64_t longest = 0, sum = 0;
+  for (int32_t i = 0; i < p.sequences; ++i) {
+    const int64_t length = int64_t{p.cu_seqlens[i + 1]} - p.cu_seqlens[i];
+    if (length > longest) {
+      longest = length;
+      at = i;
+    }
+    sum += length;
+  }
+  // A chunk less, for the second launch.
+  return {at, 64 * (longest - kChunk) >= p.longest_share * sum ? 2 : 1};
+}
+PRISTINE_HOST_DEVICE inline bool Runs(const PrefillParams& p, int32_t v_parts) {
+  return (p.v_parts == kByLengths ? ChooseByLengths(p).v_parts : p.v_parts) == v_parts;
+}
+
 // Value heads of one q/k head share k.k and q.k in one block where there are chunks enough to fill the device.
 inline constexpr int32_t kMaxHeadsPerBlock = 4;
 constexpr int32_t PrefillHeadsPerBlock(int64_t chunks, int32_t qk_heads, int32_t ratio, int32_t multiprocessors) {
   return ratio <= kMaxHeadsPerBlock && chunks * qk_heads >= 4 * multiprocessors ? ratio : 1;
 }
 
-// All of it. Cuda: for v_parts == 1.
+// All of it; of kByLengths, if v_parts 1 is chosen.
 int PrefillHost(const PrefillParams& params);
 int PrefillCuda(CUstream_st* stream, const PrefillParams& params);
-// Zeroes the rows of `out` behind the last sequence; the CUDA kernel fills the workspace too.
+// These two the same way if 2 is. Zeroes the rows of `out` behind the last sequence; the CUDA kernel fills the
+// workspace too.
 int PrefillPrepareHost(const PrefillParams& params);
 int PrefillPrepareCuda(CUstream_st* stream, const PrefillParams& params);
-// `out` of all sequences and their final states. Cuda: for v_parts == 2, from the workspace.
+// `out` of all sequences and their final states. Cuda: from the workspace.
 int PrefillStatesHost(const PrefillParams& params);
 int PrefillStatesCuda(CUstream_st* stream, const PrefillParams& params);
 // Set the kernels' attributes on the current device.

@@ -37,12 +37,30 @@ static_assert(2 * sizeof(Matrices) + (4 + 2 * kStages) * kChunk * sizeof(float) 
 
 __device__ void PreparersMeet() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 
+// The thread and the head, read anew: what follows from them is not kept in registers that there are not.
+__device__ __forceinline__ int ThreadOfGroup() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread % kGroup;
+}
+__device__ __forceinline__ int HeadOfBlock() {
+  int head;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(head));
+  return head;
+}
+
 // 64 rows of 128 elements, `stride` elements apart, to two tiles; those behind `valid` are zeros.
 __device__ __forceinline__ void LoadRows(unsigned char (&to)[2][kTile], const void* from, int64_t stride, int valid,
                                          int tid) {
   const uint32_t at = SharedAddress(to) + tid % 16 / 8 * kTile + tid / 16 * 128 + ((tid % 8 ^ tid / 16) << 4);
   const __nv_bfloat16* const column = static_cast<const __nv_bfloat16*>(from) + tid % 16 * 8;
-#pragma unroll 4
+  if (valid == kChunk) {
+    const __nv_bfloat16* row = column + tid / 16 * stride;
+#pragma unroll 2
+    for (int i = 0; i < 8; ++i, row += 8 * stride) CopyAsync(at + i * 1024, row, true);
+    return;
+  }
+#pragma unroll 1
   for (int i = 0; i < 8; ++i) {
     const int row = i * 8 + tid / 16;
     CopyAsync(at + i * 1024, column + min(row, valid - 1) * stride, row < valid);
@@ -51,17 +69,16 @@ __device__ __forceinline__ void LoadRows(unsigned char (&to)[2][kTile], const vo
 
 // q, k, v and gates, chunk after chunk; tokens behind the sequence's last are zeros. And the output: out of V's place,
 // before the same threads fill it again.
-__device__ void LoadChunks(const PrefillParams& p, FusedShared& shared, const PrefillSpan& span, int head) {
-  const int tid = static_cast<int>(threadIdx.x) % kGroup;
-  const int column = head / (p.v_heads / p.qk_heads) * kDim;
+__device__ void LoadChunks(const PrefillParams& p, FusedShared& shared, const PrefillSpan& span) {
 #pragma unroll 1
   for (int c = 0; c < span.chunks + kStages; ++c) {
-    const int s = c % kStages;
+    const int s = c % kStages, tid = ThreadOfGroup(), head = HeadOfBlock();
     Tiles<kConsumers>& tiles = shared.tiles[s];
     const int valid = min(span.length - c * kChunk, kChunk);
     const int64_t token = span.begin + c * kChunk;
     if (c >= kStages) Wait(&shared.empty[s], c / kStages - 1 & 1);
     if (c < span.chunks) {
+      const int column = head / (p.v_heads / p.qk_heads) * kDim;
       LoadRows(tiles.k, static_cast<const __nv_bfloat16*>(p.k) + token * p.k_stride + column, p.k_stride, valid, tid);
       LoadRows(tiles.q, static_cast<const __nv_bfloat16*>(p.q) + token * p.q_stride + column, p.q_stride, valid, tid);
       const int t = tid % kChunk;
@@ -156,6 +173,7 @@ __device__ void PrepareChunks(const PrefillParams& p, FusedShared& shared, const
 template <class State>
 __global__ void __launch_bounds__(kThreads, 1) GdnPrefillKernel(const __grid_constant__ PrefillParams p) {
 #ifdef PRISTINE_GDN_PREFILL
+  if (!Runs(p, 1)) return;
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<FusedShared*>(memory);
   const int head = static_cast<int>(blockIdx.x);
@@ -172,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) GdnPrefillKernel(const __grid_con
   __syncthreads();
   if (threadIdx.x >= (kConsumers + 1) * kGroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-    LoadChunks(p, shared, span, head);
+    LoadChunks(p, shared, span);
   } else if (threadIdx.x >= kConsumers * kGroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
     PrepareChunks(p, shared, span, head);

@@ -61,25 +61,35 @@ void Sequence(const PrefillParams& p, int32_t sequence) {
   }
 }
 
-}  // namespace
-
-int PrefillPrepareHost(const PrefillParams& p) {
+void ZeroTail(const PrefillParams& p) {
   const int32_t end = std::clamp(p.cu_seqlens[p.sequences], 0, p.tokens);
   const int64_t row = int64_t{p.v_heads} * kHeadDim;
   std::fill(static_cast<BFloat16*>(p.out) + end * row, static_cast<BFloat16*>(p.out) + p.tokens * row, BFloat16{0});
+}
+
+void AllSequences(const PrefillParams& p) {
+  for (int32_t i = 0; i < p.sequences; ++i) {
+    p.state_dtype == DType::kFloat32 ? Sequence<float>(p, i) : Sequence<BFloat16>(p, i);
+  }
+}
+
+}  // namespace
+
+int PrefillPrepareHost(const PrefillParams& p) {
+  if (Runs(p, 2)) ZeroTail(p);
   return 0;
 }
 
 int PrefillStatesHost(const PrefillParams& p) {
-  for (int32_t i = 0; i < p.sequences; ++i) {
-    p.state_dtype == DType::kFloat32 ? Sequence<float>(p, i) : Sequence<BFloat16>(p, i);
-  }
+  if (Runs(p, 2)) AllSequences(p);
   return 0;
 }
 
 int PrefillHost(const PrefillParams& p) {
-  PrefillPrepareHost(p);
-  return PrefillStatesHost(p);
+  if (!Runs(p, 1)) return 0;
+  ZeroTail(p);
+  AllSequences(p);
+  return 0;
 }
 
 }  // namespace pristine::attention::gdn

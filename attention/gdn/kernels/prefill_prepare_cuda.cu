@@ -77,6 +77,7 @@ __device__ void ZeroTail(const PrefillParams& p, int first_head, int heads) {
 
 __global__ void __launch_bounds__(kThreads, kBlocks) GdnPrefillPrepareKernel(const __grid_constant__ PrefillParams p) {
 #ifdef PRISTINE_GDN_PREFILL
+  if (!Runs(p, 2)) return;
   extern __shared__ __align__(128) unsigned char memory[];
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(memory);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;

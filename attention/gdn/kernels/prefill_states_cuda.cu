@@ -80,7 +80,12 @@ __global__ void __launch_bounds__(kThreads, 1) GdnPrefillStatesKernel(const __gr
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<StatesShared*>(memory);
   const int head = static_cast<int>(blockIdx.x) / 2, first_v = static_cast<int>(blockIdx.x) % 2 * kV;
-  const int32_t sequence = static_cast<int32_t>(blockIdx.y);
+  int32_t sequence = static_cast<int32_t>(blockIdx.y);
+  if (p.v_parts == kByLengths) {
+    const PrefillChoice choice = ChooseByLengths(p);
+    if (choice.v_parts != 2) return;
+    sequence = sequence == 0 ? choice.longest : sequence - (sequence <= choice.longest);  // what takes longest first
+  }
   const PrefillSpan span = SpanOf(p, sequence);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {

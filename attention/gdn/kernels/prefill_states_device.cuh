@@ -211,7 +211,7 @@ __device__ void Consume(const PrefillParams& p, Shared& shared, const PrefillSpa
     uint32_t state[32];
     PackAll(s, state);
     Wait(&shared.full[st], c / kStages & 1);
-    FenceProxies();
+    if constexpr (kGroups == 1) FenceProxies();  // else those did who computed T and P
 
     float x[32], o[32];
     FenceRegisters();

@@ -63,8 +63,9 @@ class Prefill {
   static absl::StatusOr<std::unique_ptr<Prefill>> Create(Device& device, const PrefillConfig& config,
                                                          TuningPolicy* tuning = nullptr);
 
-  // Queues one kernel, or two, whose choice and grids follow from `bucket` and device alone and are exact for any
-  // cu_seqlens within it; captureable; does not allocate or block. Final states are written in the pool's own dtype,
+  // Queues one kernel, or two, or all three, of which cu_seqlens then lets one or two do the work; which are queued and
+  // their grids follow from `bucket` and device alone and are exact for any cu_seqlens within it; captureable; does not
+  // allocate or block. Final states are written in the pool's own dtype,
   // computed in float32 registers. A slot outside the pool counts as -1; under PaddedRows::kClampToZero an initial -1
   // reads slot 0. cu_seqlens that fall or leave [0, bucket.tokens] give wrong numbers, never a wild access.
   // INVALID_ARGUMENT: a bucket larger than config.largest, a tensor too small for it, misaligned (16 bytes for q, k, v,
