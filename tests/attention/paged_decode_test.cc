@@ -482,6 +482,14 @@ TYPED_TEST(PagedDecodeTest, TensorsThatAreTooSmallAreRefusedByName) {
   EXPECT_STATUS(this->rig_->decode().Run(*this->stream_, {5, 5}, good), kNotFound, "{5 requests, 5 tokens}");
 }
 
+TYPED_TEST(PagedDecodeTest, AStreamOfAnotherDeviceIsRefused) {
+  ASSERT_OK(this->Prepare(DecodeCase({.seed = 702}, {40}, {-1}), {.buckets = {4}}));
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Device> other, TypeParam::Create());
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Stream> stream, other->CreateStream());
+  EXPECT_STATUS(this->rig_->decode().Run(*stream, {4, 4}, this->rig_->tensors), kInvalidArgument,
+                "the stream is of device");
+}
+
 TYPED_TEST(PagedDecodeTest, AScaleThatIsNotPositiveIsRefused) {
   const DecodeCase step({.seed = 701}, {4}, {-1});
   ASSERT_OK(this->Prepare(step, {.buckets = {1}}));
