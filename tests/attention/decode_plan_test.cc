@@ -259,6 +259,7 @@ TYPED_TEST(DecodePlanTest, WrongConfigurationsAreRefusedByName) {
           "float32 over float8_e4m3 with head_dim 64");
   refused([](auto& c) { c.head_dim = 96; }, absl::StatusCode::kUnimplemented, "bfloat16 with head_dim 128");
   refused([](auto& c) { c.q_heads = 66; }, absl::StatusCode::kUnimplemented, "33 query heads per KV head");
+  refused([](auto& c) { c.q_heads = c.kv_heads = 65536; }, kInvalid, "q_heads is 65536, must be at most 65535");
   refused([](auto& c) { c.derived_from = {77}; }, absl::StatusCode::kNotFound, "77");
 }
 

@@ -201,12 +201,12 @@ TYPED_TEST(MergeGraphTest, AMaskThatIsRefilledEachStepDecidesWhichRowsAreMerged)
 }
 
 TYPED_TEST(MergeGraphTest, PoisonInPaddedRowsDoesNotReachLiveOnes) {
-  for (const int32_t heads : {5, 70}) {
+  for (const auto& [heads, rows] : {std::pair{5, kEitherForm[0]}, {5, kEitherForm[1]}, {70, kEitherForm[0]}}) {
     const MergeShape shape = {DType::kBFloat16, heads, 128};
-    HostStates a = RandomStates(shape, 6, 1, 0.2), b = RandomStates(shape, 6, 2, 0.2);
+    HostStates a = RandomStates(shape, rows, 1, 0.2), b = RandomStates(shape, rows, 2, 0.2);
     const HostStates clean = this->Merge(a, b);
     for (const float poison : {kNan, 3e38f}) {
-      for (int32_t row = 4; row < 6; ++row) {
+      for (int32_t row = 4; row < rows; ++row) {
         std::fill_n(a.v_of(row, 0), heads * 128, poison);
         std::fill_n(b.v_of(row, 0), heads * 128, poison);
         std::fill_n(&a.lse_of(row, 0), heads, poison);

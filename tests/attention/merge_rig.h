@@ -23,6 +23,10 @@
 
 namespace pristine::testing {
 
+// Few rows, which take the grid over tokens and heads, and so many that a block takes whole tokens where heads allow
+// it.
+constexpr int32_t kEitherForm[] = {6, attention::kMergeFewRows + 2};
+
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 

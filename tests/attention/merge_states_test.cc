@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -157,40 +158,44 @@ TYPED_TEST(MergeStatesTest, MoreHeadsThanABlockHoldsAreMergedEagerlyAndInACaptur
 
 TYPED_TEST(MergeStatesTest, AnEmptySideHasNoWeightWhateverItsValuesAre) {
   for (const MergeVariant& variant : attention::MergeVariants()) {
-    const MergeShape shape = {variant.dtype, 3, variant.head_dim};
-    HostStates a = RandomStates(shape, 4, 1), b = RandomStates(shape, 4, 2);
-    const HostStates full_a = a, full_b = b;
-    for (int32_t head = 0; head < shape.heads; ++head) {
-      a.Empty(0, head);
-      b.Empty(1, head);
-      a.Empty(2, head);
-      b.Empty(2, head);
-      std::fill_n(b.v_of(2, head), shape.head_dim, kInf);
-    }
-    const HostStates merged = this->Merge(a, b);
-    for (int32_t head = 0; head < shape.heads; ++head) {
-      for (int32_t d = 0; d < shape.head_dim; ++d) {
-        ASSERT_EQ(merged.v_of(0, head)[d], full_b.v_of(0, head)[d]);  // the other side, bit for bit
-        ASSERT_EQ(merged.v_of(1, head)[d], full_a.v_of(1, head)[d]);
-        ASSERT_EQ(merged.v_of(2, head)[d], 0);
+    for (const int32_t rows : kEitherForm) {
+      const MergeShape shape = {variant.dtype, 3, variant.head_dim};
+      HostStates a = RandomStates(shape, rows, 1), b = RandomStates(shape, rows, 2);
+      const HostStates full_a = a, full_b = b;
+      for (int32_t head = 0; head < shape.heads; ++head) {
+        a.Empty(0, head);
+        b.Empty(1, head);
+        a.Empty(2, head);
+        b.Empty(2, head);
+        std::fill_n(b.v_of(2, head), shape.head_dim, kInf);
       }
-      EXPECT_EQ(merged.lse_of(0, head), full_b.lse_of(0, head));
-      EXPECT_EQ(merged.lse_of(1, head), full_a.lse_of(1, head));
-      EXPECT_EQ(merged.lse_of(2, head), -kInf);
+      const HostStates merged = this->Merge(a, b);
+      for (int32_t head = 0; head < shape.heads; ++head) {
+        for (int32_t d = 0; d < shape.head_dim; ++d) {
+          ASSERT_EQ(merged.v_of(0, head)[d], full_b.v_of(0, head)[d]);  // the other side, bit for bit
+          ASSERT_EQ(merged.v_of(1, head)[d], full_a.v_of(1, head)[d]);
+          ASSERT_EQ(merged.v_of(2, head)[d], 0);
+        }
+        EXPECT_EQ(merged.lse_of(0, head), full_b.lse_of(0, head));
+        EXPECT_EQ(merged.lse_of(1, head), full_a.lse_of(1, head));
+        EXPECT_EQ(merged.lse_of(2, head), -kInf);
+      }
+      EXPECT_EQ(this->CheckPair(a, b, merged), "");
+      this->memory_.clear();
     }
-    EXPECT_EQ(this->CheckPair(a, b, merged), "");
-    this->memory_.clear();
   }
 }
 
 TYPED_TEST(MergeStatesTest, WhereEverythingIsEmptyAllIsZeroAndMinusInfinity) {
   for (const MergeVariant& variant : attention::MergeVariants()) {
-    const MergeShape shape = {variant.dtype, 70, variant.head_dim};  // past every block's edge but two
-    const HostStates a = RandomStates(shape, 5, 1, 1.0), b = RandomStates(shape, 5, 2, 1.0);
-    const HostStates merged = this->Merge(a, b);
-    EXPECT_TRUE(std::all_of(merged.v.begin(), merged.v.end(), [](float x) { return x == 0; })) << Name(shape);
-    EXPECT_TRUE(std::all_of(merged.lse.begin(), merged.lse.end(), [](float x) { return x == -kInf; })) << Name(shape);
-    this->memory_.clear();
+    for (const auto& [heads, rows] : {std::pair{200, 5}, {7, kEitherForm[1]}}) {
+      const MergeShape shape = {variant.dtype, heads, variant.head_dim};
+      const HostStates a = RandomStates(shape, rows, 1, 1.0), b = RandomStates(shape, rows, 2, 1.0);
+      const HostStates merged = this->Merge(a, b);
+      EXPECT_TRUE(std::all_of(merged.v.begin(), merged.v.end(), [](float x) { return x == 0; })) << Name(shape);
+      EXPECT_TRUE(std::all_of(merged.lse.begin(), merged.lse.end(), [](float x) { return x == -kInf; })) << Name(shape);
+      this->memory_.clear();
+    }
   }
 }
 
@@ -209,9 +214,9 @@ TYPED_TEST(MergeStatesTest, LargeDifferencesNeitherOverflowNorLoseTheLargerSide)
 }
 
 TYPED_TEST(MergeStatesTest, PlusInfinityIsReportedAndTakenAsEmpty) {
-  for (const int32_t heads : {3, 200}) {  // both kernels
+  for (const auto& [heads, rows] : {std::pair{3, kEitherForm[0]}, {3, kEitherForm[1]}, {200, kEitherForm[0]}}) {
     const MergeShape shape = {DType::kBFloat16, heads, 128};
-    HostStates a = RandomStates(shape, 4, 5), b = RandomStates(shape, 4, 6);
+    HostStates a = RandomStates(shape, rows, 5), b = RandomStates(shape, rows, 6);
     a.lse_of(1, 2) = kInf;
     b.lse_of(2, 0) = kInf;
     a.lse_of(3, 1) = b.lse_of(3, 1) = kInf;
@@ -251,23 +256,25 @@ TYPED_TEST(MergeStatesTest, PlusInfinityInASetIsReportedOncePerStateAndHead) {
 }
 
 TYPED_TEST(MergeStatesTest, NanStaysInItsRowAndHead) {
-  const MergeShape shape = {DType::kFloat32, 4, 128};
-  HostStates a = RandomStates(shape, 3, 8), b = RandomStates(shape, 3, 9);
-  const HostStates clean = this->Merge(a, b);
-  a.lse_of(1, 2) = kNan;
-  b.v_of(2, 0)[5] = kNan;
-  const HostStates merged = this->Merge(a, b);
-  for (int32_t row = 0; row < 3; ++row) {
-    for (int32_t head = 0; head < 4; ++head) {
-      const bool lse_lost = row == 1 && head == 2, one_lost = row == 2 && head == 0;
-      for (int32_t d = 0; d < 128; ++d) {
-        const float expected = clean.v_of(row, head)[d], actual = merged.v_of(row, head)[d];
-        EXPECT_EQ(std::isnan(actual), lse_lost || (one_lost && d == 5));
-        if (!std::isnan(actual)) {
-          EXPECT_EQ(actual, expected);
+  for (const int32_t rows : kEitherForm) {
+    const MergeShape shape = {DType::kFloat32, 4, 128};
+    HostStates a = RandomStates(shape, rows, 8), b = RandomStates(shape, rows, 9);
+    const HostStates clean = this->Merge(a, b);
+    a.lse_of(1, 2) = kNan;
+    b.v_of(2, 0)[5] = kNan;
+    const HostStates merged = this->Merge(a, b);
+    for (int32_t row = 0; row < rows; ++row) {
+      for (int32_t head = 0; head < 4; ++head) {
+        const bool lse_lost = row == 1 && head == 2, one_lost = row == 2 && head == 0;
+        for (int32_t d = 0; d < 128; ++d) {
+          const float expected = clean.v_of(row, head)[d], actual = merged.v_of(row, head)[d];
+          ASSERT_EQ(std::isnan(actual), lse_lost || (one_lost && d == 5));
+          if (!std::isnan(actual)) {
+            ASSERT_EQ(actual, expected);
+          }
         }
+        EXPECT_EQ(std::isnan(merged.lse_of(row, head)), lse_lost);
       }
-      EXPECT_EQ(std::isnan(merged.lse_of(row, head)), lse_lost);
     }
   }
   EXPECT_TRUE(this->Poll().empty());
@@ -356,20 +363,21 @@ TYPED_TEST(MergeStatesTest, AWildIndptrReadsNothingPastTheStates) {
 
 TYPED_TEST(MergeStatesTest, InPlaceLeavesRowsWithAMaskOf0Untouched) {
   for (const MergeVariant& variant : attention::MergeVariants()) {
-    for (const int32_t heads : {4, 130}) {
+    for (const auto& [heads, rows] : {std::pair{4, kEitherForm[0]}, {4, kEitherForm[1]}, {130, kEitherForm[0]}}) {
       const MergeShape shape = {variant.dtype, heads, variant.head_dim};
-      HostStates a = RandomStates(shape, 6, 31, 0.2);
-      const HostStates b = RandomStates(shape, 6, 32, 0.2);
+      HostStates a = RandomStates(shape, rows, 31, 0.2);
+      const HostStates b = RandomStates(shape, rows, 32, 0.2);
       a.Empty(4, 1);  // NaN that a masked row must keep
-      const std::vector<uint8_t> mask = {1, 0, 255, 2, 0, 1};
+      std::vector<uint8_t> mask(rows);
+      for (int32_t row = 0; row < rows; ++row) mask[row] = std::array<uint8_t, 6>{1, 0, 255, 2, 0, 1}[row % 6];
       const MutableStates device = this->Put(a);
       ASSERT_OK_AND_ASSIGN(const std::vector<std::byte> before, Download(*this->stream_, device.v));
-      ASSERT_OK(MergeStateInPlace(*this->stream_, shape, 6, device, this->In(this->Put(b)),
+      ASSERT_OK(MergeStateInPlace(*this->stream_, shape, rows, device, this->In(this->Put(b)),
                                   this->template Array<uint8_t>(mask), this->reports()));
       ASSERT_OK_AND_ASSIGN(const std::vector<std::byte> after, Download(*this->stream_, device.v));
-      const HostStates merged = this->Get(shape, 6, device);
-      const size_t row_bytes = after.size() / 6;
-      for (int32_t row = 0; row < 6; ++row) {
+      const HostStates merged = this->Get(shape, rows, device);
+      const size_t row_bytes = after.size() / rows;
+      for (int32_t row = 0; row < rows; ++row) {
         if (mask[row] == 0) {
           EXPECT_EQ(std::memcmp(&before[row * row_bytes], &after[row * row_bytes], row_bytes), 0) << row;
         }
@@ -387,63 +395,68 @@ TYPED_TEST(MergeStatesTest, InPlaceLeavesRowsWithAMaskOf0Untouched) {
 }
 
 TYPED_TEST(MergeStatesTest, InPlaceWithoutAMaskMergesEveryRow) {
-  const MergeShape shape = {DType::kFloat16, 4, 128};
-  const HostStates a = RandomStates(shape, 6, 33, 0.2), b = RandomStates(shape, 6, 34, 0.2);
-  const MutableStates device = this->Put(a);
-  ASSERT_OK(MergeStateInPlace(*this->stream_, shape, 6, device, this->In(this->Put(b)), {}, this->reports()));
-  EXPECT_EQ(this->CheckPair(a, b, this->Get(shape, 6, device)), "");
+  for (const int32_t rows : kEitherForm) {
+    const MergeShape shape = {DType::kFloat16, 4, 128};
+    const HostStates a = RandomStates(shape, rows, 33, 0.2), b = RandomStates(shape, rows, 34, 0.2);
+    const MutableStates device = this->Put(a);
+    ASSERT_OK(MergeStateInPlace(*this->stream_, shape, rows, device, this->In(this->Put(b)), {}, this->reports()));
+    EXPECT_EQ(this->CheckPair(a, b, this->Get(shape, rows, device)), "");
+  }
 }
 
 // --- layouts ---
 
 TYPED_TEST(MergeStatesTest, StridesAreHonouredAndGapsAreNotWritten) {
-  const MergeShape shape = {DType::kBFloat16, 3, 64};
-  const int32_t rows = 5;
-  const int64_t row = 3 * 64, stride = row + 40;
-  const HostStates a = RandomStates(shape, rows, 41, 0.2), b = RandomStates(shape, rows, 42, 0.2);
-  // a: rows apart, lse as [heads, rows]. out: rows apart, lse as [rows, heads + 2].
-  std::vector<float> wide(rows * stride, kNan), flipped(rows * 3);
-  for (int32_t r = 0; r < rows; ++r) {
-    std::copy_n(a.v_of(r, 0), row, &wide[r * stride]);
-    for (int32_t h = 0; h < 3; ++h) flipped[h * rows + r] = a.lse_of(r, h);
+  for (const int32_t rows : kEitherForm) {
+    const MergeShape shape = {DType::kBFloat16, 3, 64};
+    const int64_t row = 3 * 64, stride = row + 40;
+    const HostStates a = RandomStates(shape, rows, 41, 0.2), b = RandomStates(shape, rows, 42, 0.2);
+    // a: rows apart, lse as [heads, rows]. out: rows apart, lse as [rows, heads + 2].
+    std::vector<float> wide(rows * stride, kNan), flipped(rows * 3);
+    for (int32_t r = 0; r < rows; ++r) {
+      std::copy_n(a.v_of(r, 0), row, &wide[r * stride]);
+      for (int32_t h = 0; h < 3; ++h) flipped[h * rows + r] = a.lse_of(r, h);
+    }
+    const States first = {.v = this->Array(ToBytes(wide, shape.dtype)),
+                          .lse = this->AsLse(this->Array(flipped)),
+                          .v_stride = stride,
+                          .lse_stride = 1,
+                          .lse_head_stride = rows};
+    const MutableStates out = {.v = this->Array(ToBytes(std::vector<float>(rows * stride, 7), shape.dtype)),
+                               .lse = this->AsLse(this->Array(std::vector<float>(rows * 5, 7))),
+                               .v_stride = stride,
+                               .lse_stride = 5};
+    ASSERT_OK(MergeState(*this->stream_, shape, rows, first, this->In(this->Put(b)), out, this->reports()));
+    const HostStates raw = this->Get(shape, rows, out);
+    HostStates merged = {.shape = shape, .rows = rows, .v = {}, .lse = {}};
+    for (int32_t r = 0; r < rows; ++r) {
+      merged.v.insert(merged.v.end(), &raw.v[r * stride], &raw.v[r * stride] + row);
+      merged.lse.insert(merged.lse.end(), &raw.lse[r * 5], &raw.lse[r * 5] + 3);
+      EXPECT_TRUE(std::all_of(&raw.v[r * stride] + row, &raw.v[0] + (r + 1) * stride, [](float x) { return x == 7; }));
+      EXPECT_EQ(raw.lse[r * 5 + 3], 7);
+      EXPECT_EQ(raw.lse[r * 5 + 4], 7);
+    }
+    EXPECT_EQ(this->CheckPair(a, b, merged), "");
   }
-  const States first = {.v = this->Array(ToBytes(wide, shape.dtype)),
-                        .lse = this->AsLse(this->Array(flipped)),
-                        .v_stride = stride,
-                        .lse_stride = 1,
-                        .lse_head_stride = rows};
-  const MutableStates out = {.v = this->Array(ToBytes(std::vector<float>(rows * stride, 7), shape.dtype)),
-                             .lse = this->AsLse(this->Array(std::vector<float>(rows * 5, 7))),
-                             .v_stride = stride,
-                             .lse_stride = 5};
-  ASSERT_OK(MergeState(*this->stream_, shape, rows, first, this->In(this->Put(b)), out, this->reports()));
-  const HostStates raw = this->Get(shape, rows, out);
-  HostStates merged = {.shape = shape, .rows = rows, .v = {}, .lse = {}};
-  for (int32_t r = 0; r < rows; ++r) {
-    merged.v.insert(merged.v.end(), &raw.v[r * stride], &raw.v[r * stride] + row);
-    merged.lse.insert(merged.lse.end(), &raw.lse[r * 5], &raw.lse[r * 5] + 3);
-    EXPECT_TRUE(std::all_of(&raw.v[r * stride] + row, &raw.v[0] + (r + 1) * stride, [](float x) { return x == 7; }));
-    EXPECT_EQ(raw.lse[r * 5 + 3], 7);
-    EXPECT_EQ(raw.lse[r * 5 + 4], 7);
-  }
-  EXPECT_EQ(this->CheckPair(a, b, merged), "");
 }
 
 TYPED_TEST(MergeStatesTest, AnLseThatIsNotWantedIsNotWritten) {
-  const MergeShape shape = {DType::kFloat32, 3, 64};
-  const HostStates a = RandomStates(shape, 2, 43), b = RandomStates(shape, 2, 44);
-  const MutableStates out = this->Output(shape, 2);
-  MutableStates only_v = out;
-  only_v.lse = {};
-  ASSERT_OK(
-      MergeState(*this->stream_, shape, 2, this->In(this->Put(a)), this->In(this->Put(b)), only_v, this->reports()));
-  HostStates merged = this->Get(shape, 2, out);
-  for (int32_t row = 0; row < 2; ++row) {
-    for (int32_t head = 0; head < 3; ++head) {
-      EXPECT_TRUE(std::isnan(merged.lse_of(row, head)));
-      const OracleRow expected = Merged({{&a, row}, {&b, row}}, head, 64);
-      merged.lse_of(row, head) = static_cast<float>(expected.lse);
-      EXPECT_EQ(Difference(expected, merged, row, head), "");
+  for (const int32_t rows : kEitherForm) {
+    const MergeShape shape = {DType::kFloat32, 3, 64};
+    const HostStates a = RandomStates(shape, rows, 43), b = RandomStates(shape, rows, 44);
+    const MutableStates out = this->Output(shape, rows);
+    MutableStates only_v = out;
+    only_v.lse = {};
+    ASSERT_OK(MergeState(*this->stream_, shape, rows, this->In(this->Put(a)), this->In(this->Put(b)), only_v,
+                         this->reports()));
+    HostStates merged = this->Get(shape, rows, out);
+    for (int32_t row = 0; row < rows; ++row) {
+      for (int32_t head = 0; head < 3; ++head) {
+        EXPECT_TRUE(std::isnan(merged.lse_of(row, head)));
+        const OracleRow expected = Merged({{&a, row}, {&b, row}}, head, 64);
+        merged.lse_of(row, head) = static_cast<float>(expected.lse);
+        EXPECT_EQ(Difference(expected, merged, row, head), "");
+      }
     }
   }
 }

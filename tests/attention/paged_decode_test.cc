@@ -26,6 +26,13 @@ TYPED_TEST_SUITE(PagedDecodeTest, AllBackends, BackendNames);
 
 const std::vector<int32_t> kNoNeedles = {-1, -1, -1, -1};
 
+// One of each kind of CUDA kernel.
+struct KernelKind {
+  DType dtype, kv_dtype;
+};
+constexpr KernelKind kKernelKinds[] = {
+    {DType::kFloat32, DType::kFloat32}, {DType::kBFloat16, DType::kBFloat16}, {DType::kFloat16, DType::kFloat8E4M3}};
+
 // --- all variants, page sizes, groups and windows ---
 
 TYPED_TEST(PagedDecodeTest, EveryVariantPageSizeAndWindowMatchesTheOracle) {
@@ -128,44 +135,49 @@ TYPED_TEST(PagedDecodeTest, RandomRaggedBatchesMatchTheOracle) {
 // --- graphs ---
 
 TYPED_TEST(PagedDecodeTest, EagerCapturedAndReplayedAreBitEqualAtEveryBucketEdge) {
-  const DecodeShape shape = {.page_size = 16, .window = 0, .seed = 400};
-  const std::vector<int32_t> lengths = {300, 1, 17, 512, 0, 64, 255, 33};
-  const DecodeCase step(shape, lengths, {299, -1, 16, -1, -1, 0, -1, -1});
-  ASSERT_OK(this->Prepare(step, {.buckets = {1, 2, 4, 8}}));
-  DecodeRig& rig = *this->rig_;
-  const struct {
-    int32_t bucket, requests;
-  } edges[] = {{1, 0}, {1, 1}, {2, 1}, {2, 2}, {4, 3}, {4, 4}, {8, 5}, {8, 7}, {8, 8}, {8, 0}};
-  std::vector<std::vector<std::byte>> eager_out;
-  std::vector<std::vector<float>> eager_lse;
-  for (const auto& edge : edges) {
-    ASSERT_OK(rig.Begin(edge.bucket, step, edge.requests));
-    ASSERT_OK(rig.RunEagerly(edge.bucket, edge.requests));
-    EXPECT_EQ(rig.Check(edge.bucket, step, edge.requests), "") << edge.bucket << " " << edge.requests;
-    eager_out.push_back(rig.raw_out);
-    eager_lse.push_back(rig.lse);
+  for (const KernelKind& kind : kKernelKinds) {
+    const DecodeShape shape = {.dtype = kind.dtype, .page_size = 16, .seed = 400, .kv_dtype = kind.kv_dtype};
+    const std::vector<int32_t> lengths = {300, 1, 17, 512, 0, 64, 255, 33};
+    const DecodeCase step(shape, lengths, {299, -1, 16, -1, -1, 0, -1, -1});
+    ASSERT_OK(this->Prepare(step, {.buckets = {1, 2, 4, 8}}));
+    DecodeRig& rig = *this->rig_;
+    const struct {
+      int32_t bucket, requests;
+    } edges[] = {{1, 0}, {1, 1}, {2, 1}, {2, 2}, {4, 3}, {4, 4}, {8, 5}, {8, 7}, {8, 8}, {8, 0}};
+    std::vector<std::vector<std::byte>> eager_out;
+    std::vector<std::vector<float>> eager_lse;
+    for (const auto& edge : edges) {
+      ASSERT_OK(rig.Begin(edge.bucket, step, edge.requests));
+      ASSERT_OK(rig.RunEagerly(edge.bucket, edge.requests));
+      EXPECT_EQ(rig.Check(edge.bucket, step, edge.requests), "") << edge.bucket << " " << edge.requests;
+      eager_out.push_back(rig.raw_out);
+      eager_lse.push_back(rig.lse);
+    }
+    ASSERT_OK(rig.Capture());  // with worst-case lengths, none of which is replayed
+    const auto replay = [&](size_t i) {
+      const auto& edge = edges[i];
+      ASSERT_OK(rig.Begin(edge.bucket, step, edge.requests));
+      ASSERT_OK(rig.Replay(edge.bucket, edge.requests));
+      EXPECT_EQ(rig.raw_out, eager_out[i]) << edge.bucket << " " << edge.requests;
+      EXPECT_EQ(0, std::memcmp(rig.lse.data(), eager_lse[i].data(), rig.lse.size() * sizeof(float)));
+    };
+    for (size_t i = 0; i < std::size(edges); ++i) replay(i);
+    for (size_t i = std::size(edges); i-- > 0;) replay(i);
+    std::vector<Violation> violations(8);
+    EXPECT_EQ(rig.manager().Poll(absl::MakeSpan(violations)), 0u);
   }
-  ASSERT_OK(rig.Capture());  // with worst-case lengths, none of which is replayed
-  const auto replay = [&](size_t i) {
-    const auto& edge = edges[i];
-    ASSERT_OK(rig.Begin(edge.bucket, step, edge.requests));
-    ASSERT_OK(rig.Replay(edge.bucket, edge.requests));
-    EXPECT_EQ(rig.raw_out, eager_out[i]) << edge.bucket << " " << edge.requests;
-    EXPECT_EQ(0, std::memcmp(rig.lse.data(), eager_lse[i].data(), rig.lse.size() * sizeof(float)));
-  };
-  for (size_t i = 0; i < std::size(edges); ++i) replay(i);
-  for (size_t i = std::size(edges); i-- > 0;) replay(i);
-  std::vector<Violation> violations(8);
-  EXPECT_EQ(rig.manager().Poll(absl::MakeSpan(violations)), 0u);
 }
 
 TYPED_TEST(PagedDecodeTest, AReplayOfPaddingAloneGivesZerosAndMinusInfinity) {
-  const DecodeCase step({.seed = 401}, {40, 50}, {-1, -1});
-  ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
-  ASSERT_OK(this->rig_->Capture());
-  ASSERT_OK(this->rig_->Begin(4, step, 0));
-  ASSERT_OK(this->rig_->Replay(4, 0));
-  EXPECT_EQ(this->rig_->Check(4, step, 0), "");
+  for (const KernelKind& kind : kKernelKinds) {
+    const DecodeShape shape = {.dtype = kind.dtype, .seed = 401, .kv_dtype = kind.kv_dtype};
+    const DecodeCase step(shape, {40, 50}, {-1, -1});
+    ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
+    ASSERT_OK(this->rig_->Capture());
+    ASSERT_OK(this->rig_->Begin(4, step, 0));
+    ASSERT_OK(this->rig_->Replay(4, 0));
+    EXPECT_EQ(this->rig_->Check(4, step, 0), "");
+  }
 }
 
 TYPED_TEST(PagedDecodeTest, APlanOlderThanTheLengthsIsRefused) {
@@ -180,79 +192,87 @@ TYPED_TEST(PagedDecodeTest, APlanOlderThanTheLengthsIsRefused) {
 // --- hostile inputs ---
 
 TYPED_TEST(PagedDecodeTest, PagesOutsideThePoolAreSkipped) {
-  for (const int32_t page_size : {1, 16}) {
-    const DecodeShape shape = {.page_size = page_size, .seed = 500};
-    const DecodeCase step(shape, {200, 100}, {-1, 99});
-    ASSERT_OK(this->Prepare(step, {.buckets = {2}}));
-    std::vector<int32_t> indices = step.indices();
-    const int32_t bad[] = {-1, step.num_pages(), std::numeric_limits<int32_t>::max(),
-                           std::numeric_limits<int32_t>::min()};
-    for (int i = 0; i < 4; ++i) indices[2 * i + 1] = bad[i];
-    ASSERT_OK_AND_ASSIGN(DeviceBuffer hostile, this->device_->Allocate(indices.size() * sizeof(int32_t), "hostile"));
-    ASSERT_OK(Upload(*this->stream_, hostile.As<int32_t>(), indices));
-    this->rig_->tensors.kv_indices = hostile.As<const int32_t>();
-    ASSERT_OK(this->rig_->Begin(2, step, 2));
-    ASSERT_OK(this->rig_->RunEagerly(2, 2));
-    for (int32_t row = 0; row < 2; ++row) {
-      const auto attended = [&](int32_t position) {
-        const int32_t place = step.indptr()[row] + position / page_size;
-        return indices[place] == step.indices()[place];
-      };
-      for (int32_t head = 0; head < shape.q_heads; ++head) {
-        EXPECT_EQ(this->rig_->CheckHead(row, head, step.Expected(row, head, attended)), "");
+  for (const KernelKind& kind : kKernelKinds) {
+    for (const int32_t page_size : {1, 16}) {
+      const DecodeShape shape = {.dtype = kind.dtype, .page_size = page_size, .seed = 500, .kv_dtype = kind.kv_dtype};
+      const DecodeCase step(shape, {200, 100}, {-1, 99});
+      ASSERT_OK(this->Prepare(step, {.buckets = {2}}));
+      std::vector<int32_t> indices = step.indices();
+      const int32_t bad[] = {-1, step.num_pages(), std::numeric_limits<int32_t>::max(),
+                             std::numeric_limits<int32_t>::min()};
+      for (int i = 0; i < 4; ++i) indices[2 * i + 1] = bad[i];
+      ASSERT_OK_AND_ASSIGN(DeviceBuffer hostile, this->device_->Allocate(indices.size() * sizeof(int32_t), "hostile"));
+      ASSERT_OK(Upload(*this->stream_, hostile.As<int32_t>(), indices));
+      this->rig_->tensors.kv_indices = hostile.As<const int32_t>();
+      ASSERT_OK(this->rig_->Begin(2, step, 2));
+      ASSERT_OK(this->rig_->RunEagerly(2, 2));
+      for (int32_t row = 0; row < 2; ++row) {
+        const auto attended = [&](int32_t position) {
+          const int32_t place = step.indptr()[row] + position / page_size;
+          return indices[place] == step.indices()[place];
+        };
+        for (int32_t head = 0; head < shape.q_heads; ++head) {
+          EXPECT_EQ(this->rig_->CheckHead(row, head, step.Expected(row, head, attended)), "");
+        }
       }
+      this->rig_.reset();
+    }
+  }
+}
+
+TYPED_TEST(PagedDecodeTest, ARowWhosePagesAreAllOutsideThePoolIsEmpty) {
+  for (const KernelKind& kind : kKernelKinds) {
+    const DecodeShape shape = {.dtype = kind.dtype, .seed = 501, .kv_dtype = kind.kv_dtype};
+    const DecodeCase step(shape, {200}, {-1});
+    ASSERT_OK(this->Prepare(step, {.buckets = {1}}));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer hostile, this->device_->Allocate(200 * sizeof(int32_t), "hostile"));
+    ASSERT_OK(Upload(*this->stream_, hostile.As<int32_t>(), std::vector<int32_t>(200, -7)));
+    this->rig_->tensors.kv_indices = hostile.As<const int32_t>();
+    ASSERT_OK(this->rig_->Begin(1, step, 1));
+    ASSERT_OK(this->rig_->RunEagerly(1, 1));
+    const OracleRow empty = {.out = {}, .lse = -std::numeric_limits<double>::infinity()};
+    for (int32_t head = 0; head < shape.q_heads; ++head) EXPECT_EQ(this->rig_->CheckHead(0, head, empty), "");
+    this->rig_.reset();
+  }
+}
+
+TYPED_TEST(PagedDecodeTest, DeviceLengthsThatLieAreClippedToThePages) {
+  for (const KernelKind& kind : kKernelKinds) {
+    const DecodeShape shape = {.dtype = kind.dtype, .page_size = 16, .seed = 502, .kv_dtype = kind.kv_dtype};
+    const DecodeCase step(shape, {160, 64, 32, 48}, kNoNeedles);  // whole pages, so that every slot of a row is defined
+    ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
+    ASSERT_OK_AND_ASSIGN(DeviceBuffer lies, this->device_->Allocate(4 * sizeof(int32_t), "lies"));
+    ASSERT_OK(Upload(*this->stream_, lies.As<int32_t>(), {std::numeric_limits<int32_t>::max(), 10, -5, 0}));
+    this->rig_->tensors.lengths = lies.As<const int32_t>();
+    const std::vector<int32_t> planned = {512, 512, 512, 512};  // the plan lies too
+    ASSERT_OK(this->rig_->Begin(4, step, 4, &planned));
+    ASSERT_OK(this->rig_->RunEagerly(4, 4));
+    const OracleRow empty = {.out = {}, .lse = -std::numeric_limits<double>::infinity()};
+    for (int32_t head = 0; head < shape.q_heads; ++head) {
+      EXPECT_EQ(this->rig_->CheckHead(0, head, step.Expected(0, head)), "");
+      EXPECT_EQ(this->rig_->CheckHead(1, head, step.Expected(1, head, [](int32_t p) { return p < 10; })), "");
+      EXPECT_EQ(this->rig_->CheckHead(2, head, empty), "");
+      EXPECT_EQ(this->rig_->CheckHead(3, head, empty), "");
     }
     this->rig_.reset();
   }
 }
 
-TYPED_TEST(PagedDecodeTest, ARowWhosePagesAreAllOutsideThePoolIsEmpty) {
-  const DecodeShape shape = {.seed = 501};
-  const DecodeCase step(shape, {200}, {-1});
-  ASSERT_OK(this->Prepare(step, {.buckets = {1}}));
-  ASSERT_OK_AND_ASSIGN(DeviceBuffer hostile, this->device_->Allocate(200 * sizeof(int32_t), "hostile"));
-  ASSERT_OK(Upload(*this->stream_, hostile.As<int32_t>(), std::vector<int32_t>(200, -7)));
-  this->rig_->tensors.kv_indices = hostile.As<const int32_t>();
-  ASSERT_OK(this->rig_->Begin(1, step, 1));
-  ASSERT_OK(this->rig_->RunEagerly(1, 1));
-  const OracleRow empty = {.out = {}, .lse = -std::numeric_limits<double>::infinity()};
-  for (int32_t head = 0; head < shape.q_heads; ++head) EXPECT_EQ(this->rig_->CheckHead(0, head, empty), "");
-  this->rig_.reset();
-}
-
-TYPED_TEST(PagedDecodeTest, DeviceLengthsThatLieAreClippedToThePages) {
-  const DecodeShape shape = {.page_size = 16, .seed = 502};
-  const DecodeCase step(shape, {160, 64, 32, 48}, kNoNeedles);  // whole pages, so that every slot of a row is defined
-  ASSERT_OK(this->Prepare(step, {.buckets = {4}}));
-  ASSERT_OK_AND_ASSIGN(DeviceBuffer lies, this->device_->Allocate(4 * sizeof(int32_t), "lies"));
-  ASSERT_OK(Upload(*this->stream_, lies.As<int32_t>(), {std::numeric_limits<int32_t>::max(), 10, -5, 0}));
-  this->rig_->tensors.lengths = lies.As<const int32_t>();
-  const std::vector<int32_t> planned = {512, 512, 512, 512};  // the plan lies too
-  ASSERT_OK(this->rig_->Begin(4, step, 4, &planned));
-  ASSERT_OK(this->rig_->RunEagerly(4, 4));
-  const OracleRow empty = {.out = {}, .lse = -std::numeric_limits<double>::infinity()};
-  for (int32_t head = 0; head < shape.q_heads; ++head) {
-    EXPECT_EQ(this->rig_->CheckHead(0, head, step.Expected(0, head)), "");
-    EXPECT_EQ(this->rig_->CheckHead(1, head, step.Expected(1, head, [](int32_t p) { return p < 10; })), "");
-    EXPECT_EQ(this->rig_->CheckHead(2, head, empty), "");
-    EXPECT_EQ(this->rig_->CheckHead(3, head, empty), "");
-  }
-  this->rig_.reset();
-}
-
 TYPED_TEST(PagedDecodeTest, WithoutLengthsARowIsAllOfItsPages) {
-  const DecodeShape shape = {.page_size = 16, .seed = 503};
-  const DecodeCase step(shape, {160, 64}, {-1, 63});
-  ASSERT_OK(this->Prepare(step, {.buckets = {3}}));
-  this->rig_->tensors.lengths = {};
-  this->rig_->tensors.lse = {};
-  ASSERT_OK(this->rig_->Begin(3, step, 2));
-  ASSERT_OK(this->rig_->RunEagerly(3, 2));
-  for (int32_t row = 0; row < 2; ++row) {
-    for (int32_t head = 0; head < shape.q_heads; ++head) {
-      OracleRow expected = step.Expected(row, head);
-      this->rig_->lse[row * shape.q_heads + head] = static_cast<float>(expected.lse);  // not asked for
-      EXPECT_EQ(this->rig_->CheckHead(row, head, expected), "");
+  for (const KernelKind& kind : kKernelKinds) {
+    const DecodeShape shape = {.dtype = kind.dtype, .page_size = 16, .seed = 503, .kv_dtype = kind.kv_dtype};
+    const DecodeCase step(shape, {160, 64}, {-1, 63});
+    ASSERT_OK(this->Prepare(step, {.buckets = {3}}));
+    this->rig_->tensors.lengths = {};
+    this->rig_->tensors.lse = {};
+    ASSERT_OK(this->rig_->Begin(3, step, 2));
+    ASSERT_OK(this->rig_->RunEagerly(3, 2));
+    for (int32_t row = 0; row < 2; ++row) {
+      for (int32_t head = 0; head < shape.q_heads; ++head) {
+        OracleRow expected = step.Expected(row, head);
+        this->rig_->lse[row * shape.q_heads + head] = static_cast<float>(expected.lse);  // not asked for
+        EXPECT_EQ(this->rig_->CheckHead(row, head, expected), "");
+      }
     }
   }
 }
@@ -460,6 +480,14 @@ TYPED_TEST(PagedDecodeTest, TensorsThatAreTooSmallAreRefusedByName) {
   refused([](auto& t) { t.kv_indptr = t.kv_indptr.Sub(0, 4); }, "kv_indptr has 4 elements, needs 5");
   refused([](auto& t) { t.lengths = t.lengths.Sub(0, 3); }, "lengths has 3 elements, needs 4");
   EXPECT_STATUS(this->rig_->decode().Run(*this->stream_, {5, 5}, good), kNotFound, "{5 requests, 5 tokens}");
+}
+
+TYPED_TEST(PagedDecodeTest, AStreamOfAnotherDeviceIsRefused) {
+  ASSERT_OK(this->Prepare(DecodeCase({.seed = 702}, {40}, {-1}), {.buckets = {4}}));
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Device> other, TypeParam::Create());
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Stream> stream, other->CreateStream());
+  EXPECT_STATUS(this->rig_->decode().Run(*stream, {4, 4}, this->rig_->tensors), kInvalidArgument,
+                "the stream is of device");
 }
 
 TYPED_TEST(PagedDecodeTest, AScaleThatIsNotPositiveIsRefused) {

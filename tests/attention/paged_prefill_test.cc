@@ -477,6 +477,14 @@ TYPED_TEST(PagedPrefillTest, ConfigurationsThatCannotRunAreRefused) {
 }
 
 // The largest page that a configuration may have, and buckets of more blocks than a grid has.
+TYPED_TEST(PagedPrefillTest, AStreamOfAnotherDeviceIsRefused) {
+  ASSERT_OK(this->Prepare(PrefillCase({.seed = 871}, {4}, {9}), {1, 4}));
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Device> other, TypeParam::Create());
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Stream> stream, other->CreateStream());
+  EXPECT_STATUS(this->rig_->prefill().Run(*stream, {1, 4}, this->rig_->tensors), kInvalidArgument,
+                "the stream is of device");
+}
+
 TYPED_TEST(PagedPrefillTest, SizesThatOverflowAreRefused) {
   constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
   const PrefillCase step({.seed = 905}, {8}, {40});

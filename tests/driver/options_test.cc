@@ -19,6 +19,8 @@ TEST(Options, DefaultsAreTheMainJob) {
   EXPECT_EQ(options.kv_tokens, 131072);
   EXPECT_EQ(options.window, 512);
   EXPECT_EQ(options.compare_eager, 100);
+  EXPECT_EQ(options.scheduler, attention::DecodeScheduler::kDevice);
+  EXPECT_EQ(options.spec, 0);
 }
 
 TEST(Options, BucketsAreThePowersOfTwoBelowMaxBatchAndMaxBatch) {
@@ -40,14 +42,15 @@ TEST(Options, AFileRunsToItsEnd) {
   EXPECT_EQ(named.step_limit(), 7);
 }
 
-TEST(Options, HelpNamesEveryOptionOfTheIssue) {
+TEST(Options, HelpNamesEveryOption) {
   const std::string help = HelpText();
   for (const char* name :
-       {"device",    "trace",   "format",       "steps",         "repeat",       "step-ms",   "max-batch",
-        "buckets",   "dtype",   "heads",        "kv-heads",      "head-dim",     "page-size", "kv-tokens",
-        "layers",    "window",  "sparse-block", "topk-blocks",   "kv-groups",    "dense-len", "scheduler",
-        "plan-from", "restore", "check",        "compare-eager", "compare-rows", "overlap",   "staging-slots",
-        "inject",    "seed",    "report",       "quiet"}) {
+       {"device",       "trace",     "format",        "steps",       "repeat",       "step-ms",      "max-batch",
+        "buckets",      "model",     "gdn-qk-heads",  "gdn-v-heads", "dtype",        "heads",        "kv-heads",
+        "head-dim",     "page-size", "kv-tokens",     "layers",      "window",       "sparse-block", "topk-blocks",
+        "kv-groups",    "dense-len", "scheduler",     "plan-from",   "restore",      "check",        "compare-eager",
+        "compare-rows", "overlap",   "staging-slots", "spec",        "draft-extend", "accept",       "inject",
+        "seed",         "report",    "html",          "flight-json", "quiet"}) {
     EXPECT_NE(help.find(std::string("  --") + name), std::string::npos) << name;
   }
   // A value that --help asks for is not needed to be understood: everything else may be wrong.
