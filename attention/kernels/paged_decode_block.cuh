@@ -140,13 +140,13 @@ class Block {
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
   __device__ void LoadNext(int stage) {
-    if (__builtin_expect(loader_.left() == 0 && ahead_ < line_.end, 0)) {
-      const Piece piece = PieceAt<S>(launch_, line_, ahead_);
+    if (loader_.left() > 0) loader_.Load(stage);
+    CommitAsync();                                                         // an empty group, too, counts
+    if (__builtin_expect(loader_.left() == 0 && ahead_ < line_.end, 0)) {  // its look-ups are there when it is loaded
+      const Piece piece = PieceAfter<S>(launch_, line_, loader_.piece(), ahead_);
       ahead_ += piece.tiles;
       loader_.Start(piece);
     }
-    if (loader_.left() > 0) loader_.Load(stage);
-    CommitAsync();  // an empty group, too, counts
   }
 
   // Has the first tiles and the queries on their way, and the latter in shared memory. The loader is at the first
@@ -218,13 +218,13 @@ class Block {
       Queries<kHeadDim, kMTiles> queries;
       Piece next;
       if (!kIsFull && at < line_.end) {
-        next = PieceAt<S>(launch_, line_, at);
+        next = PieceAfter<S>(launch_, line_, piece, at);
         LoadQueries<T>(launch_, next, queries);
       }
       Finish(piece, state, at >= line_.end);
       if (at >= line_.end) return;
       if (kIsFull) {
-        next = PieceAt<S>(launch_, line_, at);
+        next = PieceAfter<S>(launch_, line_, piece, at);
         LoadQueries<T>(launch_, next, queries);
       }
       piece = next;

@@ -31,6 +31,9 @@ class Loader {
       : launch_(launch), p_(launch.p), ring_(ring), attended_(attended) {}
   template <class Read = PlainRead>
   __device__ void Start(const Piece& piece, Read read = {}) {
+    row_ = piece.row;
+    kv_head_ = piece.kv_head;
+    first_m_ = piece.first_m;
     pages_ = piece.pages;
     low_ = piece.low;
     high_ = piece.high;
@@ -64,6 +67,16 @@ class Loader {
     }
   }
   __device__ int left() const { return left_; }
+  // What PieceAfter takes of the piece that was started last.
+  __device__ Piece piece() const {
+    Piece piece;
+    piece.row = row_;
+    piece.kv_head = kv_head_;
+    piece.first_m = first_m_;
+    piece.pages = pages_;
+    piece.length = high_;
+    return piece;
+  }
 
   // Queues the next tile, and looks up the pages of the second after it.
   __device__ void Load(int stage) {
@@ -128,7 +141,7 @@ class Loader {
   unsigned* const attended_;
   const int32_t* pages_;
   long long head_;
-  int low_, high_, position_, page_ = -1, next_page_ = -1, left_ = 0;
+  int row_, kv_head_, first_m_, low_, high_, position_, page_ = -1, next_page_ = -1, left_ = 0;
 };
 
 // The queries of a piece, [kRows, kHeadDim] in 16 bit and swizzled. For KV in 8 bits they become float16, each row
