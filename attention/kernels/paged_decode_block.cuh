@@ -57,13 +57,10 @@ class Block {
     bool guesses = !planned && p_.begins_early;
     if (!guesses) WaitForStream();
     Piece piece;
+    if (planned) BeginItem(piece);
 #pragma unroll 1
     for (;;) {
-      if (planned) {
-        BeginItem(piece);
-      } else {
-        Begin(piece);
-      }
+      if (!planned) Begin(piece);
       loader_.Start(piece, FreshRead());
       if (guesses) {
         loader_.Hint();
