@@ -78,10 +78,11 @@ __device__ inline long long HeadPlace(const DecodeLaunch& launch, int row, int k
          query * launch.group;
 }
 
-// Where the code waits (dependent_launch.cuh), a block begins with what needs no memory, and with guesses: it reads
-// page tables that may yet change, past the L1 cache, and asks for what they name. Before it uses or writes anything it
-// waits for the end of the kernel ahead.
-// May be read while it is written; two reads are never made one.
+// Where the code waits (dependent_launch.cuh), a block begins with guesses: it reads page tables that may yet change,
+// past the L1 cache, and asks for what they name. Behind the wait for the end of the kernel ahead it reads them again,
+// and what they name meanwhile; before it uses or writes anything it knows whether they are as they were.
+//
+// Of what may be read while it is written; two reads are never made one.
 struct FreshRead {
   __device__ int32_t operator()(const int32_t* at) const {
     int32_t value;
@@ -167,6 +168,7 @@ struct Line {
   }
 };
 
+// Where a piece's row has its pages, and how long it is.
 template <class S>
 __device__ inline void FindRow(const DecodeLaunch& launch, const Line& line, Piece& piece) {
   const PagedKvView& kv = launch.p.kv;
