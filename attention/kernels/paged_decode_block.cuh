@@ -1,6 +1,6 @@
 // A block at work, from pieces to results. It runs through the tiles of its pieces, then merges its warps' shares. Each
 // piece becomes either the result of a whole unit, or a partial result (paged_decode_merge.cuh). What it does before
-// the kernel ahead of it has ended is in Begin and Hint.
+// the kernel ahead of it has ended, and how that is checked, is in Run and Prepare.
 #ifndef PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_BLOCK_CUH_
 #define PRISTINE_ATTENTION_KERNELS_PAGED_DECODE_BLOCK_CUH_
 
@@ -49,6 +49,9 @@ class Block {
         loader_(launch, ring_, small_.attended[warp_]),
         merger_(launch, small_.is_last) {}
 
+  // Where the code waits, the block's part, its first piece and that one's pages are a guess, made while the kernel
+  // ahead may still write the page table; once more where the guess was wrong. Queries, keys, values and scales are
+  // read behind the wait alone.
   __device__ void Run() {
     LetNextBegin();  // all blocks fit on the device: what comes next takes none of their places
     line_.prefix = prefix_;
@@ -57,13 +60,10 @@ class Block {
     bool guesses = !planned && p_.begins_early;
     if (!guesses) WaitForStream();
     Piece piece;
+    if (planned) BeginItem(piece);
 #pragma unroll 1
     for (;;) {
-      if (planned) {
-        BeginItem(piece);
-      } else {
-        Begin(piece);
-      }
+      if (!planned) Begin(piece);
       loader_.Start(piece, FreshRead());
       if (guesses) {
         loader_.Hint();
@@ -72,7 +72,7 @@ class Block {
       if (!Prepare(piece, guesses)) break;
       guesses = false;
     }
-    if (piece.tiles > 0) RunPieces(piece);
+    if (piece.tiles > 0) RunPieces(piece);  // here alone: code that is there twice takes longer to be fetched
     if (!planned) ClearEmptyRows();
   }
 
@@ -140,18 +140,20 @@ class Block {
 
   // Loads run ahead of the work by stages - 1 tiles, into the next pieces too.
   __device__ void LoadNext(int stage) {
+    if (loader_.left() > 0) loader_.Load(stage);
+    CommitAsync();  // an empty group, too, counts
+    // The next piece a tile early, so that nobody waits for its first look-ups.
     if (__builtin_expect(loader_.left() == 0 && ahead_ < line_.end, 0)) {
-      const Piece piece = PieceAt<S>(launch_, line_, ahead_);
+      const Piece piece = PieceAfter<S>(launch_, line_, loader_.piece(), ahead_);
       ahead_ += piece.tiles;
       loader_.Start(piece);
     }
-    if (loader_.left() > 0) loader_.Load(stage);
-    CommitAsync();  // an empty group, too, counts
   }
 
-  // Has the first tiles and the queries on their way, and the latter in shared memory. The loader is at the first
-  // piece's start. Where that was `guessed`, what the guess was made of is looked at again ahead of all, and compared
-  // behind all that need not wait for it. True if it has changed: nothing was used or written.
+  // Has the first tiles on their way and the queries in shared memory. The loader is at the first piece's start. Where
+  // that was `guessed`, what the guess was made of is read again ahead of all else, and compared behind all that need
+  // not wait for it: what was loaded by a wrong guess is in the pool, too. True if it has changed; nothing was used or
+  // written.
   __device__ bool Prepare(const Piece& piece, bool guessed) {
     RowWords words = {};
     const typename Loader<S, Kv>::Pages pages = loader_.first_pages();
@@ -167,6 +169,8 @@ class Block {
     for (int stage = 0; stage < S::kStages - 1; ++stage) LoadNext(stage);
     const bool changed = guessed && (pages != again || Changed(piece, words));
     StoreQueries<T, Kv>(queries, turn_, small_);
+    // All threads have the same answer. Only of a warp's reduction does the compiler know that: else it takes what
+    // follows for divergent, in half as much code again.
     if (__reduce_or_sync(kAllLanes, __syncthreads_or(changed)) == 0) return false;
     WaitAsync<0>();
     return true;
@@ -218,13 +222,13 @@ class Block {
       Queries<kHeadDim, kMTiles> queries;
       Piece next;
       if (!kIsFull && at < line_.end) {
-        next = PieceAt<S>(launch_, line_, at);
+        next = PieceAfter<S>(launch_, line_, piece, at);
         LoadQueries<T>(launch_, next, queries);
       }
       Finish(piece, state, at >= line_.end);
       if (at >= line_.end) return;
       if (kIsFull) {
-        next = PieceAt<S>(launch_, line_, at);
+        next = PieceAfter<S>(launch_, line_, piece, at);
         LoadQueries<T>(launch_, next, queries);
       }
       piece = next;

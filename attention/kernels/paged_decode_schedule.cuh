@@ -78,10 +78,11 @@ __device__ inline long long HeadPlace(const DecodeLaunch& launch, int row, int k
          query * launch.group;
 }
 
-// Where the code waits (dependent_launch.cuh), a block begins with what needs no memory, and with guesses: it reads
-// page tables that may yet change, past the L1 cache, and asks for what they name. Before it uses or writes anything it
-// waits for the end of the kernel ahead.
-// May be read while it is written; two reads are never made one.
+// Where the code waits (dependent_launch.cuh), a block begins with guesses: it reads page tables that may yet change,
+// past the L1 cache, and asks for what they name. Behind the wait for the end of the kernel ahead it reads them again,
+// and what they name meanwhile; before it uses or writes anything it knows whether they are as they were.
+//
+// Of what may be read while it is written; two reads are never made one.
 struct FreshRead {
   __device__ int32_t operator()(const int32_t* at) const {
     int32_t value;
@@ -167,34 +168,39 @@ struct Line {
   }
 };
 
+// Where a piece's row has its pages, and how long it is.
+template <class S>
+__device__ inline void FindRow(const DecodeLaunch& launch, const Line& line, Piece& piece) {
+  const PagedKvView& kv = launch.p.kv;
+  RowPages pages;
+  if (piece.row < S::kKept) {
+    const KeptRow kept = line.kept[piece.row];
+    pages = {kv.kv_indptr != nullptr ? kept.first : piece.row * kv.table_stride, kept.length};
+  } else {
+    pages = PagesOf(kv, piece.row, FreshRead());
+  }
+  piece.pages = kv.pages + pages.first;
+  piece.length = LengthOf(pages);
+}
 // The piece at a place of the line.
 template <class S>
 __device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, int at) {
   const PagedDecodeParams& p = launch.p;
   const int tile = launch.by_units.Quotient(at);
-  int row = 0;  // prefix[row] <= tile < prefix[row + 1]
-  for (int end = p.rows; end - row > 1;) {
-    const int middle = (row + end) / 2;
-    (line.prefix[middle] <= tile ? row : end) = middle;
+  Piece piece;
+  piece.row = 0;  // prefix[row] <= tile < prefix[row + 1]
+  for (int end = p.rows; end - piece.row > 1;) {
+    const int middle = (piece.row + end) / 2;
+    (line.prefix[middle] <= tile ? piece.row : end) = middle;
   }
-  RowPages pages;
-  if (row < S::kKept) {
-    const KeptRow kept = line.kept[row];
-    pages = {p.kv.kv_indptr != nullptr ? kept.first : row * p.kv.table_stride, kept.length};
-  } else {
-    pages = PagesOf(p.kv, row, FreshRead());
-  }
-  const int before = line.prefix[row];
-  const int tiles = line.prefix[row + 1] - before;
+  FindRow<S>(launch, line, piece);
+  const int before = line.prefix[piece.row];
+  const int tiles = line.prefix[piece.row + 1] - before;
   const unsigned offset = at - before * launch.units;
   const int unit = offset / static_cast<unsigned>(tiles);
   const int done = offset - unit * tiles;
-  Piece piece;
-  piece.row = row;
   piece.kv_head = launch.by_passes.Quotient(unit);
   piece.first_m = (unit - piece.kv_head * launch.passes) * S::kRows;
-  piece.pages = p.kv.pages + pages.first;
-  piece.length = LengthOf(pages);
   piece.low = FirstSeen(p, piece.length);
   piece.high = piece.length;
   piece.tile = piece.low / S::kTile + done;
@@ -202,6 +208,30 @@ __device__ inline Piece PieceAt(const DecodeLaunch& launch, const Line& line, in
   const bool alike = line.first_block >= 0;
   piece.first_block = alike ? line.first_block : line.OwnerOf(at - done);
   piece.last_block = alike ? line.last_block : line.OwnerOf(at - done + tiles - 1);
+  return piece;
+}
+// The block's next piece, which begins a unit at `at`. Of the last one its place and its row's pages and length matter.
+template <class S>
+__device__ inline Piece PieceAfter(const DecodeLaunch& launch, const Line& line, Piece piece, int at) {
+  const PagedDecodeParams& p = launch.p;
+  piece.first_m += S::kRows;
+  if (piece.first_m >= launch.rows) {
+    piece.first_m = 0;
+    if (++piece.kv_head == p.kv.kv_heads) {
+      piece.kv_head = 0;
+      do {
+        ++piece.row;
+      } while (line.prefix[piece.row + 1] == line.prefix[piece.row]);
+      FindRow<S>(launch, line, piece);
+    }
+  }
+  const int tiles = line.prefix[piece.row + 1] - line.prefix[piece.row];
+  piece.low = FirstSeen(p, piece.length);
+  piece.high = piece.length;
+  piece.tile = piece.low / S::kTile;
+  piece.tiles = min(tiles, line.end - at);
+  piece.first_block = piece.last_block = blockIdx.x;
+  if (piece.tiles < tiles) piece.last_block = line.OwnerOf(at + tiles - 1);
   return piece;
 }
 

@@ -31,6 +31,9 @@ class Loader {
       : launch_(launch), p_(launch.p), ring_(ring), attended_(attended) {}
   template <class Read = PlainRead>
   __device__ void Start(const Piece& piece, Read read = {}) {
+    row_ = piece.row;
+    kv_head_ = piece.kv_head;
+    first_m_ = piece.first_m;
     pages_ = piece.pages;
     low_ = piece.low;
     high_ = piece.high;
@@ -64,6 +67,16 @@ class Loader {
     }
   }
   __device__ int left() const { return left_; }
+  // What PieceAfter takes of the piece that was started last.
+  __device__ Piece piece() const {
+    Piece piece;
+    piece.row = row_;
+    piece.kv_head = kv_head_;
+    piece.first_m = first_m_;
+    piece.pages = pages_;
+    piece.length = high_;
+    return piece;
+  }
 
   // Queues the next tile, and looks up the pages of the second after it.
   __device__ void Load(int stage) {
@@ -75,12 +88,13 @@ class Loader {
     const char* const k = static_cast<const char*>(p_.kv.k);
     const long long k_to_v = static_cast<const char*>(p_.kv.v) - k;
     constexpr int kRowsAtOnce = 32 / S::kChunks;
-    const int chunk = lane % S::kChunks;
-    const unsigned to = ring_ + stage * 2 * S::kHalfStage;
-    const auto copy = [&](int row, long long from) {
-      const bool takes = attended >> row & 1;
+    const int row = lane / S::kChunks, chunk = lane % S::kChunks;
+    const unsigned to = ring_ + stage * 2 * S::kHalfStage + Swizzle<S::kChunks>(row, chunk) * 16;
+    const unsigned mine = attended >> row;
+    const auto copy = [&](int i, long long from) {  // to row i + `row`; its swizzle differs from row's in constant bits
+      const bool takes = mine >> i & 1;
       const char* const at = k + (takes ? from + chunk * 16 : 0);
-      const unsigned place = to + Swizzle<S::kChunks>(row, chunk) * 16;
+      const unsigned place = (to ^ (S::kChunks >= 8 ? i % 8 * 16 : 0)) + i * S::kRowBytes;
       CopyAsync(place, at, takes);
       CopyAsync(place + S::kHalfStage, at + k_to_v, takes);
     };
@@ -90,15 +104,14 @@ class Loader {
 #pragma unroll
       for (int half = 0; half < S::kTokens; half += 16) {
         const int known = max(__ffs(attended >> half & 0xffffu) - 1, 0) + half;
-        const long long first = __shfl_sync(kAllLanes, own, known) + (lane / S::kChunks - known) * stride;
+        const long long first = __shfl_sync(kAllLanes, own, known) + (row - known) * stride;
 #pragma unroll
-        for (int i = half; i < half + 16; i += kRowsAtOnce) copy(i + lane / S::kChunks, first + i * stride);
+        for (int i = half; i < half + 16; i += kRowsAtOnce) copy(i, first + i * stride);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < S::kTokens; i += kRowsAtOnce) {
-        const int row = i + lane / S::kChunks;
-        copy(row, __shfl_sync(kAllLanes, own, row));
+        copy(i, __shfl_sync(kAllLanes, own, i + row));
       }
     }
     position_ += S::kTile;
@@ -128,7 +141,7 @@ class Loader {
   unsigned* const attended_;
   const int32_t* pages_;
   long long head_;
-  int low_, high_, position_, page_ = -1, next_page_ = -1, left_ = 0;
+  int row_, kv_head_, first_m_, low_, high_, position_, page_ = -1, next_page_ = -1, left_ = 0;
 };
 
 // The queries of a piece, [kRows, kHeadDim] in 16 bit and swizzled. For KV in 8 bits they become float16, each row

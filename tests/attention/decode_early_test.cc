@@ -10,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -126,6 +127,9 @@ class DecodeEarlyTest : public DecodeRigTest<BackendT> {
   int32_t q_len_ = 1;
   bool by_copy_ = false;  // which no kernel begins ahead of
 
+  // Its place in the contents.
+  size_t FirstPage(const DecodeCase& step) const { return IntsAt(step) + 2 * rows_ + 1; }
+
  private:
   size_t IntsAt(const DecodeCase& step) const { return (step.Q().size() + 2 * pool_) / sizeof(int32_t); }
   size_t Bytes(const DecodeCase& step) const { return (IntsAt(step) + 2 * rows_ + 1 + pages_) * sizeof(int32_t); }
@@ -165,6 +169,34 @@ TYPED_TEST(DecodeEarlyTest, WhatTheKernelAheadWritesLateIsWhatDecodeReads) {
       this->TearDown();
       this->SetUp();
     }
+  }
+}
+
+// Lengths and where rows begin were right, only the pages are others: of the first row, of the last, of all.
+TYPED_TEST(DecodeEarlyTest, OtherPagesOfRowsAsLongAreSeen) {
+  for (const DecodeShape& shape :
+       {DecodeShape{.dtype = DType::kBFloat16, .head_dim = 128, .page_size = 16, .seed = 1160},
+        DecodeShape{.dtype = DType::kFloat16, .head_dim = 64, .page_size = 1, .seed = 1161, .q_len = 3},
+        DecodeShape{.dtype = DType::kBFloat16,
+        .head_dim = 128,
+        .page_size = 8,
+        .seed = 1162,
+        .kv_dtype = DType::kFloat8E4M3}}) {
+    this->q_len_ = shape.q_len;
+    const DecodeCase step(shape, {256, 64, 31, 300}, {255, 0, 30, 299});
+    ASSERT_OK(this->Build({step}, DecodeScheduler::kDevice));
+    const std::vector<int32_t> after = this->Contents(step);
+    const size_t first = this->FirstPage(step), end = first + step.indices().size();
+    for (const bool replayed : {false, true}) {
+      for (const auto& [from, to] : {std::pair{first, first + 1}, std::pair{end - 1, end}, std::pair{first, end}}) {
+        std::vector<int32_t> before = after;
+        for (size_t i = from; i < to; ++i) before[i] = (before[i] + 1) % step.num_pages();
+        EXPECT_EQ(this->RunOver(before, step, replayed), "")
+            << shape.ToString() << ", pages " << from - first << " to " << to - first;
+      }
+    }
+    this->TearDown();
+    this->SetUp();
   }
 }
 
