@@ -292,8 +292,21 @@ class Block {
     }
     __syncthreads();
     if (threadIdx.x < rows) {
-      merger_.template Weigh<1>(piece, target, threadIdx.x, true, v_scale, kWarps, small_.top[threadIdx.x],
-                                small_.mass[threadIdx.x]);
+      // They become the weights of the warps' sums.
+      float(&tops)[kWarps] = small_.top[threadIdx.x];
+      float top = tops[0], mass = 0.0f, weight[kWarps];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w]);
+      const float safe = top == -CUDART_INF_F ? 0.0f : top;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        weight[w] = Exp2(tops[w] - safe);
+        mass = fmaf(small_.mass[threadIdx.x][w], weight[w], mass);
+      }
+      const auto settled = merger_.Settle(piece, target, threadIdx.x, top, mass, v_scale, true);
+      small_.place[threadIdx.x] = settled.place;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) tops[w] = weight[w] * settled.factor;
     }
     for (int first = 0; first < rows; first += at_once) {
 #pragma unroll
@@ -316,7 +329,7 @@ class Block {
             const float* const from = sums + w * warp_stride + (row - first) * S::kMergeStride + dim;
             AddScaled(sum, *reinterpret_cast<const float4*>(from), small_.top[row][w]);
           }
-          merger_.Write(target.is_result, row, dim, sum);
+          merger_.Write(target.is_result, small_.place[row], dim, sum);
         }
       }
       __syncthreads();

@@ -44,35 +44,15 @@ class Merger {
   // blocks that go on with one.
   __device__ static int SlotOf(bool begins) { return begins ? blockIdx.x : gridDim.x + blockIdx.x; }
 
-  // Makes weights of the parts' tops, for sums that are over their masses (null: each 1), and has the row's place and
-  // LSE written. kTeam lanes share a row, and this one takes every kTeam-th four of its `count` parts. The top of
-  // scores that are all NaN is -inf, too: only the mass tells them from nothing to attend.
-  template <int kTeam>
-  __device__ void Weigh(const Piece& piece, const Target& target, int row, bool writes, float v_scale, int count,
-                        float* tops, const float* masses) const {
-    const int begin = kTeam == 1 ? 0 : threadIdx.x % kTeam * 4;
-    float top = -CUDART_INF_F;
-#pragma unroll 1
-    for (int i = begin; i < count; i += 4 * kTeam) {
-      const float4 x = *reinterpret_cast<const float4*>(tops + i);
-      top = fmaxf(fmaxf(top, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
-    }
-#pragma unroll
-    for (int step = 1; step < kTeam; step *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
-    const float safe = top == -CUDART_INF_F ? 0.0f : top;
-    const auto weights = [&](int i) {
-      const float4 x = *reinterpret_cast<const float4*>(tops + i);
-      return float4{Exp2(x.x - safe), Exp2(x.y - safe), Exp2(x.z - safe), Exp2(x.w - safe)};
-    };
-    float mass = 0.0f;
-#pragma unroll 1
-    for (int i = begin; i < count; i += 4 * kTeam) {
-      const float4 x = weights(i);
-      const float4 m = masses == nullptr ? float4{1, 1, 1, 1} : *reinterpret_cast<const float4*>(masses + i);
-      mass += (m.x * x.x + m.y * x.y) + (m.z * x.z + m.w * x.w);
-    }
-#pragma unroll
-    for (int step = 1; step < kTeam; step *= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
+  // What the parts of a row come to: where it is written, and by what the sum of what they have is multiplied. One
+  // thread writes the LSE. The top of scores that are all NaN is -inf, too: only the mass tells them from nothing to
+  // attend.
+  struct Settled {
+    long long place;
+    float factor;
+  };
+  __device__ Settled Settle(const Piece& piece, const Target& target, int row, float top, float mass, float v_scale,
+                            bool writes) const {
     const long long place = PlaceOf(piece, target, row);
     float factor = target.slot < 0 ? v_scale : 1.0f;
     if (target.is_result && p_.sinks != nullptr && mass != 0.0f) {
@@ -85,24 +65,19 @@ class Merger {
       factor *= decay;
     }
     factor = mass != 0.0f ? __fdividef(factor, mass) : 0.0f;
-    if (!writes) return;
-#pragma unroll 1
-    for (int i = begin; i < count; i += 4 * kTeam) {
-      const float4 x = weights(i);
-      *reinterpret_cast<float4*>(tops + i) = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
+    if (writes) {
+      const float lse = mass == 0.0f ? -CUDART_INF_F : top + __log2f(mass);
+      if (!target.is_result) {
+        p_.partial_lse[place] = lse;
+      } else if (p_.lse != nullptr) {
+        p_.lse[place].value = lse;
+      }
     }
-    if (begin != 0) return;
-    small_.place[row] = place;
-    const float lse = mass == 0.0f ? -CUDART_INF_F : top + __log2f(mass);
-    if (!target.is_result) {
-      p_.partial_lse[place] = lse;
-    } else if (p_.lse != nullptr) {
-      p_.lse[place].value = lse;
-    }
+    return {place, factor};
   }
   // Four dimensions of a row.
-  __device__ void Write(bool is_result, int row, int dim, float4 x) const {
-    const long long at = small_.place[row] * kHeadDim + dim;
+  __device__ void Write(bool is_result, long long place, int dim, float4 x) const {
+    const long long at = place * kHeadDim + dim;
     if (is_result) {
       *reinterpret_cast<uint2*>(static_cast<T*>(p_.out) + at) = {PackPair(T{}, x.x, x.y), PackPair(T{}, x.z, x.w)};
     } else {
@@ -168,17 +143,16 @@ class Merger {
     int first, next, count;
   };
   // Merges parts in their order. A thread has kItems vectors in hand, with a load for each of kAtOnce parts under way.
-  // Meanwhile the LSEs go through the table, [kRows, kStride], -inf behind the last part, and become weights there.
+  // Meanwhile a team of lanes makes weights of a row's LSEs, which all find in the table, [kRows, kStride].
   template <int kRows, int kItems, int kAtOnce>
   __device__ void Merge(const Piece& piece, int rows, float v_scale, const Parts& parts, const Target& target) const {
-    constexpr int kStride = kRows == 8 ? 84 : 36;
-    static_assert(kRows * kStride * 4 <= kTableBytes && kAtOnce % 4 == 0);
-    constexpr int kTeam = 4;                 // lanes of a row that make its weights
-    constexpr int kStep = kThreads / kRows;  // parts whose LSEs are loaded at once by all, kLoads times
-    constexpr int kLoads = kRows == 8 ? 2 : 4;
+    constexpr int kTeam = kThreads / kRows;
+    constexpr int kParts = kRows == 8 ? kMostParts : 32;
+    constexpr int kStride = kParts + 4;
+    static_assert(kRows * kStride * 4 <= kTableBytes && kAtOnce % 4 == 0 && kParts % kAtOnce == 0);
     const int items = rows * kVecs, dim = threadIdx.x % kVecs * 4;
     const int rest = parts.next - 1;  // the slot of part i > 0 is rest + i
-    const int to_first = (parts.first - rest) * kSlot;
+    const int to_first = parts.first - rest;
     bool is_weighed = false;
 #pragma unroll 1
     for (int base = 0; base < items; base += kItems * kThreads) {
@@ -193,43 +167,44 @@ class Merger {
       }
 #pragma unroll 1
       for (int done = 0; done < parts.count; done += kAtOnce) {
-        float4 value[kItems][kAtOnce];
-        const int lse_row = threadIdx.x % kRows;
-        int part = threadIdx.x / kRows;
-        const float* const lses = p_.partial_lse + rest * kDecodeTileRows + lse_row;
-        float lse[kLoads];
-        const auto load_lses = [&](int to_first_lse) {
+        const int own_row = threadIdx.x / kTeam, first = threadIdx.x % kTeam;
+        float weight[kParts / kTeam];
+        if (!is_weighed) {
+          const float* const lses = p_.partial_lse + rest * kDecodeTileRows + own_row;
 #pragma unroll
-          for (int i = 0; i < kLoads; ++i) {
-            const int at = part + i * kStep;
-            lse[i] = -CUDART_INF_F;
-            LoadIf<0>(at < parts.count && lse_row < rows, lses + at * kDecodeTileRows + (at == 0 ? to_first_lse : 0),
-                      lse[i]);
+          for (int i = 0; i < kParts / kTeam; ++i) {
+            const int part = first + i * kTeam;
+            weight[i] = -CUDART_INF_F;
+            LoadIf<0>(part < parts.count && own_row < rows, lses + (part == 0 ? to_first : part) * kDecodeTileRows,
+                      weight[i]);
           }
-        };
-        if (!is_weighed) load_lses((parts.first - rest) * kDecodeTileRows);
+        }
+        float4 value[kItems][kAtOnce];
 #pragma unroll
         for (int k = 0; k < kItems; ++k) {
-          LoadParts<kAtOnce>(parts.count - done, done == 0 ? to_first : 0, from[k], value[k]);
+          LoadParts<kAtOnce>(parts.count - done, done == 0 ? to_first * kSlot : 0, from[k], value[k]);
           from[k] += kAtOnce * kSlot;
         }
         if (!is_weighed) {
-          const int padded = (parts.count + 15) / 16 * 16;
-          for (;;) {
+          float top = weight[0], mass = 0.0f;
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-              const int at = part + i * kStep;
-              if (at < padded) table_[lse_row * kStride + at] = lse[i];
-            }
-            part += kLoads * kStep;
-            if (part >= padded) break;
-            load_lses(0);
+          for (int i = 1; i < kParts / kTeam; ++i) top = fmaxf(top, weight[i]);
+#pragma unroll
+          for (int step = 1; step < kTeam; step *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+          const float safe = top == -CUDART_INF_F ? 0.0f : top;
+#pragma unroll
+          for (int i = 0; i < kParts / kTeam; ++i) {
+            weight[i] = Exp2(weight[i] - safe);  // 0 of a part that attends nothing; its values are 0, too
+            mass += weight[i];
           }
-          __syncthreads();
-          const int row = threadIdx.x / kTeam;
-          if (row / (32 / kTeam) * (32 / kTeam) < rows) {
-            Weigh<kTeam>(piece, target, row, row < rows, v_scale, padded, table_ + min(row, kRows - 1) * kStride,
-                         nullptr);
+#pragma unroll
+          for (int step = 1; step < kTeam; step *= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
+          const bool writes = first == 0 && own_row < rows;
+          const Settled settled = Settle(piece, target, min(own_row, rows - 1), top, mass, v_scale, writes);
+          if (writes) small_.place[own_row] = settled.place;
+#pragma unroll
+          for (int i = 0; i < kParts / kTeam; ++i) {
+            table_[own_row * kStride + first + i * kTeam] = weight[i] * settled.factor;
           }
           __syncthreads();
           is_weighed = true;
@@ -238,17 +213,18 @@ class Merger {
         for (int k = 0; k < kItems; ++k) {
 #pragma unroll
           for (int j = 0; j < kAtOnce; j += 4) {
-            const float4 weight = *reinterpret_cast<const float4*>(table_ + row[k] * kStride + done + j);
-            AddScaled(sum[k], value[k][j], weight.x);
-            AddScaled(sum[k], value[k][j + 1], weight.y);
-            AddScaled(sum[k], value[k][j + 2], weight.z);
-            AddScaled(sum[k], value[k][j + 3], weight.w);
+            const float4 x = *reinterpret_cast<const float4*>(table_ + row[k] * kStride + done + j);
+            AddScaled(sum[k], value[k][j], x.x);
+            AddScaled(sum[k], value[k][j + 1], x.y);
+            AddScaled(sum[k], value[k][j + 2], x.z);
+            AddScaled(sum[k], value[k][j + 3], x.w);
           }
         }
       }
 #pragma unroll
       for (int k = 0; k < kItems; ++k) {
-        if (base + static_cast<int>(threadIdx.x) + k * kThreads < items) Write(target.is_result, row[k], dim, sum[k]);
+        const bool is_there = base + static_cast<int>(threadIdx.x) + k * kThreads < items;
+        if (is_there) Write(target.is_result, small_.place[row[k]], dim, sum[k]);
       }
     }
   }

@@ -21,7 +21,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // How work is cut up (Line::Divide), by what was fastest.
-constexpr int kMostParts = 66;       // of a unit
+constexpr int kMostParts = 64;       // of a unit
 constexpr int kMostShortParts = 32;  // of fewer tiles than
 constexpr int kManyTiles = 4;
 constexpr int kFlatRows = 256;      // of partial results that one block merges at once
