@@ -32,7 +32,7 @@ class Block {
   using WarpState = State<T, Kv, kHeadDim, kMTiles>;
   static constexpr int kVecs = kHeadDim / 4;                 // float4 of a row
   static constexpr bool kIsFull = kMTiles * kHeadDim > 128;  // of registers, by the sums alone
-  using MergerOf = Merger<T, kHeadDim, kIsFull>;
+  using MergerOf = Merger<T, kHeadDim>;
 
   __device__ Block(const DecodeLaunch& launch, unsigned char* shared)
       : launch_(launch),
@@ -276,7 +276,8 @@ class Block {
     // A split unit that begins here is the block's last piece.
     const int slot = planned || whole ? -1 : MergerOf::SlotOf(piece.first_block == static_cast<int>(blockIdx.x));
     const int target_row = planned ? static_cast<int>(blockIdx.x) : piece.row;
-    const Target target = {.is_result = !planned && whole, .slot = slot, .row = target_row};
+    const Target target = {
+        .is_result = !planned && whole, .slot = slot, .row = target_row, .scale = slot < 0 ? v_scale : 1.0f};
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
@@ -303,7 +304,7 @@ class Block {
         weight[w] = Exp2(tops[w] - safe);
         mass = fmaf(small_.mass[threadIdx.x][w], weight[w], mass);
       }
-      const auto settled = merger_.Settle(piece, target, threadIdx.x, top, mass, v_scale, true);
+      const auto settled = merger_.Settle(piece, target, threadIdx.x, top, mass, true);
       small_.place[threadIdx.x] = settled.place;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) tops[w] = weight[w] * settled.factor;

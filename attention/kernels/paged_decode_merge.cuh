@@ -24,12 +24,12 @@ __device__ inline void AddScaled(float4& sum, float4 x, float factor) {
 // Where a piece's rows go: to the result, to the partial results of an item of a plan, or to a slot of partial results.
 struct Target {
   bool is_result;
-  int slot;  // or -1
-  int row;   // if so: of the result, or the item
+  int slot;     // or -1
+  int row;      // if so: of the result, or the item
+  float scale;  // of the values
 };
 
-// kIsFull: few registers are left.
-template <class T, int kHeadDim, bool kIsFull>
+template <class T, int kHeadDim>
 class Merger {
  public:
   static constexpr int kVecs = kHeadDim / 4;                // float4 of a row
@@ -51,10 +51,10 @@ class Merger {
     long long place;
     float factor;
   };
-  __device__ Settled Settle(const Piece& piece, const Target& target, int row, float top, float mass, float v_scale,
+  __device__ Settled Settle(const Piece& piece, const Target& target, int row, float top, float mass,
                             bool writes) const {
     const long long place = PlaceOf(piece, target, row);
-    float factor = target.slot < 0 ? v_scale : 1.0f;
+    float factor = target.scale;
     if (target.is_result && p_.sinks != nullptr && mass != 0.0f) {
       const int m = piece.first_m + row;
       const int head = piece.kv_head * launch_.group + m - launch_.by_group.Quotient(m) * launch_.group;
@@ -93,25 +93,26 @@ class Merger {
     // Only one split unit begins in a block, and it goes on with only one, so the counters of a block's two slots are
     // a unit's own: where groups begin, the group's; in the unit's second block, which begins none, that of groups.
     const int going_on = gridDim.x;
-    const Target result = {.is_result = true, .slot = -1, .row = piece.row};
+    const Target result = {.is_result = true, .slot = -1, .row = piece.row, .scale = v_scale};
     Target target = result;
     int counter = piece.first_block;
     Parts some = {piece.first_block, going_on + piece.first_block + 1, parts};
     const int size = parts <= 16 ? 4 : parts <= 80 ? 8 : max(16, (parts + 31) / 32);  // about the root
+    static_assert(kDecodeMaxBlocks <= 32 * 32, "as many groups, and parts of a group, as Merge takes");
     if (parts * rows > kFlatRows || parts > kMostParts) {
       const int group = (static_cast<int>(blockIdx.x) - piece.first_block) / size;
       const int first = piece.first_block + group * size;
       counter = group == 0 ? first : going_on + first;
       some = {counter, going_on + first + 1, min(size, piece.last_block - first + 1)};
-      target = {.is_result = false, .slot = piece.first_block + group, .row = 0};
+      target = {.is_result = false, .slot = piece.first_block + group, .row = 0, .scale = 1.0f};
     }
 #pragma unroll 1
     for (;;) {
       if (!ComesLast(p_.counters + counter, some.count)) return;
       if (rows <= 8) {
-        Merge<8, 1, 16>(piece, rows, v_scale, some, target);
+        Merge<8, 1, 16>(piece, rows, some, target);
       } else {
-        Merge<32, 4, 4>(piece, rows, v_scale, some, target);
+        Merge<32, 4, 4>(piece, rows, some, target);
       }
       if (target.is_result) return;
       __syncthreads();
@@ -142,11 +143,10 @@ class Merger {
   struct Parts {
     int first, next, count;
   };
-  // Merges parts in their order. A thread has kItems vectors in hand, with a load for each of kAtOnce parts under way.
-  // Meanwhile a team of lanes makes weights of a row's LSEs, which all find in the table, [kRows, kStride].
+  // Merges parts in their order, up to 64 of up to 8 rows (kRows), or 32 of up to 32. A thread has kItems vectors in
+  // hand, with a load for each of kAtOnce parts under way. Meanwhile a team of lanes makes weights of a row's LSEs.
   template <int kRows, int kItems, int kAtOnce>
-  __device__ void Merge(const Piece& piece, int rows, float v_scale, const Parts& parts, const Target& target) const {
-    constexpr int kTeam = kThreads / kRows;
+  __device__ void Merge(const Piece& piece, int rows, const Parts& parts, const Target& target) const {
     constexpr int kParts = kRows == 8 ? kMostParts : 32;
     constexpr int kStride = kParts + 4;
     static_assert(kRows * kStride * 4 <= kTableBytes && kAtOnce % 4 == 0 && kParts % kAtOnce == 0);
@@ -167,48 +167,16 @@ class Merger {
       }
 #pragma unroll 1
       for (int done = 0; done < parts.count; done += kAtOnce) {
-        const int own_row = threadIdx.x / kTeam, first = threadIdx.x % kTeam;
-        float weight[kParts / kTeam];
-        if (!is_weighed) {
-          const float* const lses = p_.partial_lse + rest * kDecodeTileRows + own_row;
-#pragma unroll
-          for (int i = 0; i < kParts / kTeam; ++i) {
-            const int part = first + i * kTeam;
-            weight[i] = -CUDART_INF_F;
-            LoadIf<0>(part < parts.count && own_row < rows, lses + (part == 0 ? to_first : part) * kDecodeTileRows,
-                      weight[i]);
-          }
-        }
+        float weight[kParts * kRows / kThreads];
+        if (!is_weighed) LoadLses<kRows>(rows, parts, weight);
         float4 value[kItems][kAtOnce];
 #pragma unroll
         for (int k = 0; k < kItems; ++k) {
           LoadParts<kAtOnce>(parts.count - done, done == 0 ? to_first * kSlot : 0, from[k], value[k]);
           from[k] += kAtOnce * kSlot;
         }
-        if (!is_weighed) {
-          float top = weight[0], mass = 0.0f;
-#pragma unroll
-          for (int i = 1; i < kParts / kTeam; ++i) top = fmaxf(top, weight[i]);
-#pragma unroll
-          for (int step = 1; step < kTeam; step *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
-          const float safe = top == -CUDART_INF_F ? 0.0f : top;
-#pragma unroll
-          for (int i = 0; i < kParts / kTeam; ++i) {
-            weight[i] = Exp2(weight[i] - safe);  // 0 of a part that attends nothing; its values are 0, too
-            mass += weight[i];
-          }
-#pragma unroll
-          for (int step = 1; step < kTeam; step *= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
-          const bool writes = first == 0 && own_row < rows;
-          const Settled settled = Settle(piece, target, min(own_row, rows - 1), top, mass, v_scale, writes);
-          if (writes) small_.place[own_row] = settled.place;
-#pragma unroll
-          for (int i = 0; i < kParts / kTeam; ++i) {
-            table_[own_row * kStride + first + i * kTeam] = weight[i] * settled.factor;
-          }
-          __syncthreads();
-          is_weighed = true;
-        }
+        if (!is_weighed) Weigh<kRows, kStride>(piece, rows, target, weight);
+        is_weighed = true;
 #pragma unroll
         for (int k = 0; k < kItems; ++k) {
 #pragma unroll
@@ -227,6 +195,44 @@ class Merger {
         if (is_there) Write(target.is_result, small_.place[row[k]], dim, sum[k]);
       }
     }
+  }
+  // A team of kThreads / kRows lanes has a row, a lane every so many-th of its parts. -inf where there is none.
+  template <int kRows, int kEach>
+  __device__ void LoadLses(int rows, const Parts& parts, float (&lse)[kEach]) const {
+    constexpr int kTeam = kThreads / kRows;
+    const int row = threadIdx.x / kTeam;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int part = threadIdx.x % kTeam + i * kTeam;
+      const int slot = part == 0 ? parts.first : parts.next - 1 + part;
+      lse[i] = -CUDART_INF_F;
+      LoadIf<0>(part < parts.count && row < rows, p_.partial_lse + slot * kDecodeTileRows + row, lse[i]);
+    }
+  }
+  // Puts weights into the table, [kRows, kStride], and the rows' places beside it. All threads; ends with a barrier.
+  template <int kRows, int kStride, int kEach>
+  __device__ void Weigh(const Piece& piece, int rows, const Target& target, float (&lse)[kEach]) const {
+    constexpr int kTeam = kThreads / kRows;
+    const int row = threadIdx.x / kTeam, first = threadIdx.x % kTeam;
+    float top = lse[0], mass = 0.0f, weight[kEach];
+#pragma unroll
+    for (int i = 1; i < kEach; ++i) top = fmaxf(top, lse[i]);
+#pragma unroll
+    for (int step = 1; step < kTeam; step *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+    const float safe = top == -CUDART_INF_F ? 0.0f : top;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      weight[i] = Exp2(lse[i] - safe);  // 0 of a part that attends nothing; its values are 0, too
+      mass += weight[i];
+    }
+#pragma unroll
+    for (int step = 1; step < kTeam; step *= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
+    const bool writes = first == 0 && row < rows;
+    const Settled settled = Settle(piece, target, min(row, rows - 1), top, mass, writes);
+    if (writes) small_.place[row] = settled.place;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) table_[row * kStride + first + i * kTeam] = weight[i] * settled.factor;
+    __syncthreads();
   }
   // Those of the first `left` of kCount neighbouring slots; zeros for others. The first lies `to_first` away.
   template <int kCount, int kPart = 0>

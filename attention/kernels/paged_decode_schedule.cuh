@@ -25,7 +25,7 @@ constexpr int kMostParts = 64;       // of a unit
 constexpr int kMostShortParts = 32;  // of fewer tiles than
 constexpr int kManyTiles = 4;
 constexpr int kFlatRows = 256;      // of partial results that one block merges at once
-constexpr int kMostLike = 1 << 20;  // tiles of a unit, and units, that are looked at as alike
+constexpr int kMostLike = 1 << 18;  // tiles of a unit, and units, that are looked at as alike
 constexpr int kFewTiles = 8;        // of a block: up to so many, passes of one m-tile
 constexpr int kHintTiles = 1;       // of a block's first that are asked for ahead of time
 
@@ -111,7 +111,7 @@ __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
   return min((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile, p.most_tiles);
 }
 
-// floor(a / b) for a < 2^21, where a half away from a multiple is more than the quotient's error.
+// floor(a / b) for a < 2^20: half a unit away from a multiple of b is then farther than the quotient's error of 2 ulp.
 __device__ inline int Quotient(int a, int b) { return static_cast<int>(__fdividef(a + 0.5f, b)); }
 __device__ inline int CeilQuotient(int a, int b) { return Quotient(a + b - 1, b); }
 
