@@ -287,7 +287,7 @@ class Block {
         mass += __shfl_xor_sync(kAllLanes, mass, 2);
         if (lane_ % 4 == 0) {
           small_.top[16 * t + 8 * h + lane_ / 4][warp_] = state.top[t][h];
-          small_.mass[16 * t + 8 * h + lane_ / 4][warp_] = mass;
+          small_.merged[16 * t + 8 * h + lane_ / 4].mass[warp_] = mass;
         }
       }
     }
@@ -302,10 +302,10 @@ class Block {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         weight[w] = Exp2(tops[w] - safe);
-        mass = fmaf(small_.mass[threadIdx.x][w], weight[w], mass);
+        mass = fmaf(small_.merged[threadIdx.x].mass[w], weight[w], mass);
       }
       const auto settled = merger_.Settle(piece, target, threadIdx.x, top, mass, true);
-      small_.place[threadIdx.x] = settled.place;
+      small_.merged[threadIdx.x].place = settled.place;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) tops[w] = weight[w] * settled.factor;
     }
@@ -330,7 +330,7 @@ class Block {
             const float* const from = sums + w * warp_stride + (row - first) * S::kMergeStride + dim;
             AddScaled(sum, *reinterpret_cast<const float4*>(from), small_.top[row][w]);
           }
-          merger_.Write(target.is_result, small_.place[row], dim, sum);
+          merger_.Write(target.is_result, small_.merged[row].place, dim, sum);
         }
       }
       __syncthreads();

@@ -192,7 +192,7 @@ class Merger {
 #pragma unroll
       for (int k = 0; k < kItems; ++k) {
         const bool is_there = base + static_cast<int>(threadIdx.x) + k * kThreads < items;
-        if (is_there) Write(target.is_result, small_.place[row[k]], dim, sum[k]);
+        if (is_there) Write(target.is_result, small_.merged[row[k]].place, dim, sum[k]);
       }
     }
   }
@@ -229,7 +229,7 @@ class Merger {
     for (int step = 1; step < kTeam; step *= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
     const bool writes = first == 0 && row < rows;
     const Settled settled = Settle(piece, target, min(row, rows - 1), top, mass, writes);
-    if (writes) small_.place[row] = settled.place;
+    if (writes) small_.merged[row].place = settled.place;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) table_[row * kStride + first + i * kTeam] = weight[i] * settled.factor;
     __syncthreads();

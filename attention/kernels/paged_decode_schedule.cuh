@@ -48,10 +48,14 @@ struct Shape {
   static constexpr int kTurnBytes = kQueryBytes > kMergeBytes ? kQueryBytes : kMergeBytes;
 };
 
+// A row where parts are merged: the warps' masses, and after them where it is written.
+union MergedRow {
+  float mass[kWarps];
+  long long place;
+};
 struct alignas(16) Small {
   float top[32][kWarps];  // then the weights of the warps' sums
-  float mass[32][kWarps];
-  long long place[32];  // where rows are written
+  MergedRow merged[32];
   float query_factor[32];
   unsigned attended[kWarps][12];  // per stage: which of the warp's tokens are
   int scan[kWarps];
