@@ -24,10 +24,11 @@ int64_t Rows(const DecodePlanConfig& config, const Extent& bucket) {
   return int64_t{config.rows_per_request} * bucket.requests;
 }
 
-int32_t BlocksPerMultiprocessor(const DecodePlanConfig& config) {
+// Of the grid that a device schedules on; 0 where the kernels' blocks do not share rows.
+int32_t Blocks(const DecodePlanConfig& config, int multiprocessors) {
   const DecodeVariant* const variant =
       FindDecodeVariant(config.dtype, config.kv_dtype.value_or(config.dtype), config.head_dim);
-  return variant == nullptr ? 0 : variant->blocks_per_multiprocessor;
+  return variant == nullptr ? 0 : std::min(variant->blocks_per_multiprocessor * multiprocessors, kDecodeMaxBlocks);
 }
 
 int64_t MaxItems64(const DecodePlanConfig& config, const Extent& bucket, int multiprocessors) {
@@ -288,7 +289,7 @@ int64_t ScratchValues(const DecodePlanConfig& config, int multiprocessors) {
     }
     return items * config.q_len * config.q_heads * (config.head_dim + 1);
   }
-  const int64_t blocks = int64_t{BlocksPerMultiprocessor(config)} * multiprocessors;
+  const int64_t blocks = Blocks(config, multiprocessors);
   return 2 * blocks * (kDecodeTileRows * (config.head_dim + 1) + 1);
 }
 
@@ -336,7 +337,7 @@ absl::Status DecodePlan::RegisterHostPlans() {
 
 absl::Status DecodePlan::RegisterDeviceScratch() {
   for (const Extent& bucket : config_.buckets) workspaces_.push_back({.bucket = bucket, .max_items = 0, .values = {}});
-  blocks_ = BlocksPerMultiprocessor(config_) * manager_.device().multiprocessors();
+  blocks_ = Blocks(config_, manager_.device().multiprocessors());
   if (blocks_ == 0) return absl::OkStatus();
   const std::vector<uint32_t> zeros(size_t{2} * blocks_);
   PRISTINE_ASSIGN_OR_RETURN(counters_,

@@ -19,7 +19,7 @@ void DecodeWrites(const PagedDecodeParams& p, WriteList& writes) {
   writes.Add(p.lse, heads * sizeof(LseBase2));
   writes.Add(p.partial_out, partials * p.head_dim * sizeof(float));
   writes.Add(p.partial_lse, partials * sizeof(float));
-  writes.Add(p.counters, p.blocks * sizeof(uint32_t));
+  writes.Add(p.counters, size_t{2} * p.blocks * sizeof(uint32_t));
 }
 
 template <class T>

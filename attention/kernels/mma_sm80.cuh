@@ -75,16 +75,18 @@ __device__ inline unsigned WidenPair(unsigned pair) {
   return static_cast<unsigned>(wide.x) | static_cast<unsigned>(wide.y) << 16;
 }
 
-// From the L2 cache, and only if `there`; without a branch, so that loads that follow do not wait.
+// From the L2 cache, kOffset bytes away, and only if `there`; without a branch, so that loads that follow do not wait.
+template <int kOffset>
 __device__ inline void LoadIf(bool there, const float* from, float& to) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p ld.global.cg.f32 %0, [%1];\n}\n"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p ld.global.cg.f32 %0, [%1 + %3];\n}\n"
                : "+f"(to)
-               : "l"(from), "r"(static_cast<int>(there)));
+               : "l"(from), "r"(static_cast<int>(there)), "n"(kOffset));
 }
+template <int kOffset>
 __device__ inline void LoadIf(bool there, const float* from, float4& to) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4 + %6];\n}\n"
                : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
-               : "l"(from), "r"(static_cast<int>(there)));
+               : "l"(from), "r"(static_cast<int>(there)), "n"(kOffset));
 }
 // A counter shared with other blocks, to 0 past `most`; returns what it was. What a thread of this block wrote before a
 // barrier ahead of it is seen by those who come later, behind a barrier.

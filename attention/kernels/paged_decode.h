@@ -83,6 +83,7 @@ constexpr int64_t DecodeUnits(int32_t kv_heads, int32_t head_dim, int32_t packed
 // The grid that a device schedules on, and the scratch of one of its blocks: the rows of two partial results, of at
 // most so many query heads times query tokens.
 constexpr int32_t kDecodeTileRows = 32;
+constexpr int32_t kDecodeMaxBlocks = 1024;  // whose partial results can be merged
 constexpr int32_t DecodeBlocksPerMultiprocessor(int32_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 // Their prefix sums are in a block's shared memory.
 constexpr int32_t DecodeMaxRows(int32_t head_dim) { return head_dim <= 128 ? 8192 : 4096; }

@@ -33,7 +33,7 @@ class Block {
   using WarpState = State<T, Kv, kHeadDim, kMTiles>;
   static constexpr int kVecs = kHeadDim / 4;                 // float4 of a row
   static constexpr bool kIsFull = kMTiles * kHeadDim > 128;  // of registers, by the sums alone
-  using MergerOf = Merger<T, kHeadDim, kIsFull>;
+  using MergerOf = Merger<T, kHeadDim>;
 
   __device__ Block(const DecodeLaunch& launch, unsigned char* shared)
       : launch_(launch),
@@ -47,7 +47,7 @@ class Block {
         lane_(threadIdx.x % 32),
         ring_(SharedAddress(shared) + warp_ * S::kRing),
         loader_(launch, ring_, small_.attended[warp_]),
-        merger_(launch, small_.is_last) {}
+        merger_(launch, small_, reinterpret_cast<float*>(turn_)) {}
 
   // Where the code waits, the block's part, its first piece and that one's pages are a guess, made while the kernel
   // ahead may still write the page table; once more where the guess was wrong. Queries, keys, values and scales are
@@ -288,9 +288,13 @@ class Block {
     float* const sums = reinterpret_cast<float*>(is_last ? shared_ : turn_);
     const int warp_stride = is_last ? S::kRing / 4 : 4 * S::kMergeStride;
     const bool planned = p_.plan != nullptr;
-    const bool whole = !planned && piece.first_block == piece.last_block;
+    const bool whole = piece.first_block == piece.last_block;
+    const float v_scale = p_.kv.v_scale == nullptr ? 1.0f : *p_.kv.v_scale;
     // A split unit that begins here is the block's last piece.
-    const bool begins = piece.first_block == static_cast<int>(blockIdx.x);
+    const int slot = planned || whole ? -1 : MergerOf::SlotOf(piece.first_block == static_cast<int>(blockIdx.x));
+    const int target_row = planned ? static_cast<int>(blockIdx.x) : piece.row;
+    const Target target = {
+        .is_result = !planned && whole, .slot = slot, .row = target_row, .scale = slot < 0 ? v_scale : 1.0f};
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
@@ -299,15 +303,28 @@ class Block {
         mass += __shfl_xor_sync(kAllLanes, mass, 1);
         mass += __shfl_xor_sync(kAllLanes, mass, 2);
         if (lane_ % 4 == 0) {
-          small_.top[warp_][16 * t + 8 * h + lane_ / 4] = state.top[t][h];
-          small_.mass[warp_][16 * t + 8 * h + lane_ / 4] = mass;
+          small_.top[16 * t + 8 * h + lane_ / 4][warp_] = state.top[t][h];
+          small_.merged[16 * t + 8 * h + lane_ / 4].mass[warp_] = mass;
         }
       }
     }
-    if (is_last) {
-      __syncwarp();
-    } else {
-      __syncthreads();  // the queries lie where the sums go
+    __syncthreads();
+    if (threadIdx.x < rows) {
+      // They become the weights of the warps' sums.
+      float(&tops)[kWarps] = small_.top[threadIdx.x];
+      float top = tops[0], mass = 0.0f, weight[kWarps];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w]);
+      const float safe = top == -CUDART_INF_F ? 0.0f : top;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        weight[w] = Exp2(tops[w] - safe);
+        mass = fmaf(small_.merged[threadIdx.x].mass[w], weight[w], mass);
+      }
+      const auto settled = merger_.Settle(piece, target, threadIdx.x, top, mass, true);
+      small_.merged[threadIdx.x].place = settled.place;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) tops[w] = weight[w] * settled.factor;
     }
     for (int first = 0; first < rows; first += at_once) {
 #pragma unroll
@@ -320,37 +337,23 @@ class Block {
         }
       }
       __syncthreads();
+#pragma unroll 1
       for (int row = first + threadIdx.x / share; row < min(first + at_once, rows); row += kThreads / share) {
-        Total total = {-CUDART_INF_F, 0.0f};
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) total.top = fmaxf(total.top, small_.top[w][row]);
-        const float safe = total.top == -CUDART_INF_F ? 0.0f : total.top;
-        float weight[kWarps];
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          weight[w] = Exp2(small_.top[w][row] - safe);
-          total.mass = fmaf(small_.mass[w][row], weight[w], total.mass);
-        }
+#pragma unroll 1
         for (int dim = threadIdx.x % share * 4; dim < kHeadDim; dim += share * 4) {
           float4 sum = {0, 0, 0, 0};
 #pragma unroll
           for (int w = 0; w < kWarps; ++w) {
             const float* const from = sums + w * warp_stride + (row - first) * S::kMergeStride + dim;
-            AddScaled(sum, *reinterpret_cast<const float4*>(from), weight[w]);
+            AddScaled(sum, *reinterpret_cast<const float4*>(from), small_.top[row][w]);
           }
-          if (whole) {
-            WriteResult<T, kHeadDim>(launch_, piece, row, dim, sum, total);
-          } else {
-            const long long place = planned ? ItemPlace(piece, row) : MergerOf::Place(blockIdx.x, begins, row);
-            const float scale = planned && p_.kv.v_scale != nullptr ? *p_.kv.v_scale : 1.0f;
-            merger_.WritePartial(place, dim, sum, total, scale);
-          }
+          merger_.Write(target.is_result, small_.merged[row].place, dim, sum);
         }
       }
       __syncthreads();
     }
-    if (planned || whole) return;
-    merger_.Deliver(piece, rows, begins);
+    if (slot < 0) return;
+    merger_.Deliver(piece, rows, v_scale);
     __syncthreads();
   }
 

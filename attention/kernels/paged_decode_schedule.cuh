@@ -21,10 +21,12 @@ constexpr int kThreads = 32 * kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // How work is cut up (Line::Divide), by what was fastest.
-constexpr int kMostParts = 66;  // of a unit
-constexpr int kFlatRows = 256;  // of partial results that one block merges at once
-constexpr int kManyAtOnce = 4;  // parts under way, of four rows to a warp
-constexpr int kFewTiles = 8;    // of a block: up to so many, passes of one m-tile
+constexpr int kMostParts = 64;       // of a unit
+constexpr int kMostShortParts = 32;  // of fewer tiles than
+constexpr int kManyTiles = 4;
+constexpr int kFlatRows = 256;      // of partial results that one block merges at once
+constexpr int kMostLike = 1 << 18;  // tiles of a unit, and units, that are looked at as alike
+constexpr int kFewTiles = 8;        // of a block: up to so many, passes of one m-tile
 
 template <class Kv, int kHeadDim, int kMTiles>
 struct Shape {
@@ -51,9 +53,14 @@ struct KeptRow {
   int first, length;
   __device__ bool operator!=(const KeptRow& other) const { return first != other.first || length != other.length; }
 };
+// A row where parts are merged: the warps' masses, and after them where it is written.
+union MergedRow {
+  float mass[kWarps];
+  long long place;
+};
 struct alignas(16) Small {
-  float top[kWarps][32];
-  float mass[kWarps][32];
+  float top[32][kWarps];  // then the weights of the warps' sums
+  MergedRow merged[32];
   float query_factor[32];
   unsigned attended[kWarps][12];  // per stage: which of the warp's tokens are
   int scan[kWarps];
@@ -114,6 +121,10 @@ __device__ inline int TilesOf(const PagedDecodeParams& p, int length) {
   return min((length + kTile - 1) / kTile - FirstSeen(p, length) / kTile, p.most_tiles);
 }
 
+// floor(a / b) for a < 2^20: half a unit away from a multiple of b is then farther than the quotient's error of 2 ulp.
+__device__ inline int Quotient(int a, int b) { return static_cast<int>(__fdividef(a + 0.5f, b)); }
+__device__ inline int CeilQuotient(int a, int b) { return Quotient(a + b - 1, b); }
+
 // All tiles, and who works on which: this block on [begin, end).
 struct Line {
   const int* prefix;    // shared, [rows + 1]: tiles of the rows before
@@ -131,14 +142,16 @@ struct Line {
     if (total == 0) return;
     // Of many packed rows a part is dear to merge.
     const int blocks = min(grid, max(1, launch.rows > 8 ? total / 2 : total));
-    if (prefix[1] * like == tiles) {  // no others
+    if (prefix[1] * like == tiles && max(prefix[1], like * launch.units) < kMostLike) {  // no others
       const int all = like * launch.units;
       const int each = prefix[1];
       if (all < blocks) {
-        const int most = min(blocks / all, kMostParts);
-        const int longest = (each + most - 1) / most;
-        const int parts = (each + longest - 1) / longest;
-        const int unit = block / parts;
+        int most = min(Quotient(blocks, all), kMostParts);
+        // Short parts cost more to merge than they save.
+        if (CeilQuotient(each, most) < kManyTiles) most = min(most, kMostShortParts);
+        const int longest = CeilQuotient(each, most);
+        const int parts = CeilQuotient(each, longest);
+        const int unit = Quotient(block, parts);
         if (unit >= all) return;
         first_block = unit * parts;
         last_block = first_block + parts - 1;
@@ -146,8 +159,8 @@ struct Line {
         end = min(begin + longest, (unit + 1) * each);
         return;
       }
-      const int units = (all + blocks - 1) / blocks;  // of a block
-      if ((all + units - 1) / units > blocks - blocks / 8) {
+      const int units = CeilQuotient(all, blocks);  // of a block
+      if (CeilQuotient(all, units) > blocks - blocks / 8) {
         first_block = last_block = block;
         begin = min(block * units, all) * each;
         end = min((block + 1) * units, all) * each;
