@@ -76,6 +76,10 @@ absl::Status CheckShape(const AppendKvTensors& t, bool quantizes) {
   }
   const int64_t head = int64_t{t.head_dim} * static_cast<int64_t>(SizeOf(t.dtype));
   const bool hnd = t.layout == KvLayout::kHND;
+  if (!hnd && t.layout != KvLayout::kNHD) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("append_kv: layout is ", static_cast<int32_t>(t.layout), ", must be NHD or HND"));
+  }
   if (hnd && t.page_size < 1) {
     return absl::InvalidArgumentError(
         absl::StrCat("append_kv: page_size is ", t.page_size, ", must be at least 1 with ", ToString(t.layout)));

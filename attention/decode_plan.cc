@@ -187,6 +187,10 @@ absl::Status Validate(const DecodePlanConfig& config, int multiprocessors) {
     return absl::InvalidArgumentError(
         absl::StrCat(config.name, ": soft_cap is ", config.soft_cap, ", must be finite and at least 0 (0: none)"));
   }
+  if (config.layout != KvLayout::kNHD && config.layout != KvLayout::kHND) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(config.name, ": layout is ", static_cast<int32_t>(config.layout), ", must be NHD or HND"));
+  }
   if (config.q_len > kDecodeMaxQueries) {
     return absl::UnimplementedError(
         absl::StrCat(config.name, ": q_len is ", config.q_len, ", kernels take at most ", kDecodeMaxQueries));

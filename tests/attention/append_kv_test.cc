@@ -367,6 +367,7 @@ TYPED_TEST(AppendKvTest, LayoutsDtypesAndScalesThatCannotRunAreRefusedByName) {
   };
   constexpr absl::StatusCode kInvalid = absl::StatusCode::kInvalidArgument;
   refused([](auto& t) { t.layout = KvLayout::kHND; }, kInvalid, "page_size is 0, must be at least 1 with HND");
+  refused([](auto& t) { t.layout = static_cast<KvLayout>(7); }, kInvalid, "layout is 7, must be NHD or HND");
   refused([](auto& t) { t.kv_dtype = DType::kFloat16; }, absl::StatusCode::kUnimplemented,
           "no kernel from bfloat16 to float16; there are copies within a dtype, and float32, bfloat16 and float16 to");
   refused(

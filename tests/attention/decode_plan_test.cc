@@ -253,6 +253,7 @@ TYPED_TEST(DecodePlanTest, WrongConfigurationsAreRefusedByName) {
       },
       kInvalid, "has 274877906944 tiles of 64 tokens at max_row_tokens 1073741824, must be at most 2147483647");
   refused([](auto& c) { c.soft_cap = -1; }, kInvalid, "soft_cap is -1");
+  refused([](auto& c) { c.layout = static_cast<attention::KvLayout>(7); }, kInvalid, "layout is 7, must be NHD or HND");
   refused([](auto& c) { c.q_len = 0; }, kInvalid, "q_len is 0");
   refused([](auto& c) { c.q_len = 17; }, absl::StatusCode::kUnimplemented, "q_len is 17, kernels take at most 16");
   refused([](auto& c) { c.kv_dtype = DType::kFloat8E4M3; }, absl::StatusCode::kUnimplemented,

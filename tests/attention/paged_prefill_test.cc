@@ -460,6 +460,7 @@ TYPED_TEST(PagedPrefillTest, ConfigurationsThatCannotRunAreRefused) {
   refused([](auto& c) { c.q_heads = 66; }, "q_heads is 66");
   refused([](auto& c) { c.page_size = 0; }, "page_size is 0");
   refused([](auto& c) { c.window = -1; }, "window is -1");
+  refused([](auto& c) { c.layout = static_cast<KvLayout>(7); }, "layout is 7, must be NHD or HND");
   for (const float scale : {0.0f, -1.0f, kInfinite, std::nanf("")}) {
     refused([scale](auto& c) { c.scale = scale; }, "scale is");
   }
