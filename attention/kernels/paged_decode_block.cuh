@@ -16,6 +16,7 @@
 #include "attention/kernels/paged_decode_schedule.cuh"
 #include "attention/kernels/paged_decode_tiles.cuh"
 #include "attention/kernels/plan_layout.h"
+#include "attention/kernels/soft_cap.cuh"
 
 namespace pristine::attention {
 namespace decode_mma {
@@ -237,17 +238,13 @@ class Block {
     }
   }
 
-  // outer * tanh(score), in few instructions: they lie among those of every tile.
   __device__ static void Cap(float outer, float (&score)[kMTiles][S::kTokens / 8][4]) {
 #pragma unroll
     for (int t = 0; t < kMTiles; ++t) {
 #pragma unroll
       for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& x = score[t][n][e];
-          x = outer - __fdividef(2.0f * outer, Exp2(2.0f * kLog2E * x) + 1.0f);
-        }
+        for (int e = 0; e < 4; ++e) score[t][n][e] = outer * TanhOfRated(kTanhRate * score[t][n][e]);
       }
     }
   }

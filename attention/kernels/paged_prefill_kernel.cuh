@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "attention/kernels/paged_prefill_find.cuh"
+#include "attention/kernels/soft_cap.cuh"
 #include "attention/kernels/wgmma.cuh"
 
 namespace pristine::attention {
@@ -108,12 +109,6 @@ __device__ __forceinline__ float Exp2(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
-}
-// cap * tanh(x / cap), in base 2: `rate` is 2 * log2(e) / cap. Exact to about 1e-7 * cap, unlike tanh.approx.
-__device__ __forceinline__ float SoftCap(float x, float cap, float rate) {
-  float exponent;
-  asm("min.NaN.f32 %0, %1, 0f42A00000;" : "=f"(exponent) : "f"(x * rate));  // with 80; fminf would hide NaN
-  return cap - __fdividef(2.0f * cap, 1.0f + Exp2(exponent));
 }
 
 // Probabilities of keys [16 * step, 16 * step + 16) as an A operand.
@@ -390,11 +385,11 @@ __global__ void __launch_bounds__(Tiling<T, KV, kHeadDim, kUnit>::kThreads, Tili
       }
 
       if (caps) {
-        const float cap = p.soft_cap * kLog2E, rate = 2.0f * kLog2E * block.scale / p.soft_cap;
+        const float cap = p.soft_cap * kLog2E, rate = kTanhRate * block.scale / p.soft_cap;
 #pragma unroll
         for (int j = 0; j < kTiles8; ++j) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) scores[j][e] = SoftCap(scores[j][e], cap, rate);
+          for (int e = 0; e < 4; ++e) scores[j][e] = cap * TanhOfRated(rate * scores[j][e]);
         }
       }
       const int32_t buffer = t % kOffsetBuffers;

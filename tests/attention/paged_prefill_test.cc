@@ -245,6 +245,19 @@ TYPED_TEST(PagedPrefillTest, AScaleOfZeroIsAnAverage) {
   }
 }
 
+TYPED_TEST(PagedPrefillTest, ACapFarAboveAllLogitsLeavesThemAsTheyAre) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = 4, .soft_cap = 1e8f, .seed = 817};
+    const PrefillCase step(shape, {9, 2}, {30, 100});
+    for (const PrefillVariant* const variant : this->Runnable(shape)) {
+      ASSERT_OK(this->Prepare(step, {2, 11}, variant));
+      ASSERT_OK(this->rig_->Begin({2, 11}, step));
+      ASSERT_OK(this->rig_->RunEagerly({2, 11}, step));
+      EXPECT_EQ(this->rig_->Check({2, 11}, step), "") << variant->kernel.name;
+    }
+  }
+}
+
 // A chunk of a prompt at a time, with the cache filled so far, gives what the whole prompt at once gives; the last
 // chunk is a decode step.
 TYPED_TEST(PagedPrefillTest, ChunksGiveWhatThePromptAtOnceGives) {
