@@ -244,7 +244,7 @@ class Block {
 #pragma unroll
       for (int n = 0; n < S::kTokens / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) score[t][n][e] = outer * TanhOfRated(kTanhRate * score[t][n][e]);
+        for (int e = 0; e < 4; ++e) score[t][n][e] = SoftCap(score[t][n][e], outer, kTanhRate);
       }
     }
   }

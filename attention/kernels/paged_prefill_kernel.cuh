@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(Tiling<T, KV, kHeadDim, kUnit>::kThreads, Tili
 #pragma unroll
         for (int j = 0; j < kTiles8; ++j) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) scores[j][e] = cap * TanhOfRated(rate * scores[j][e]);
+          for (int e = 0; e < 4; ++e) scores[j][e] = SoftCap(scores[j][e], cap, rate);
         }
       }
       const int32_t buffer = t % kOffsetBuffers;

@@ -1,4 +1,4 @@
-// tanh for soft caps of logits, in few instructions: they lie among those of every tile.
+// Soft caps of logits, in few instructions: they lie among those of every tile.
 #ifndef PRISTINE_ATTENTION_KERNELS_SOFT_CAP_CUH_
 #define PRISTINE_ATTENTION_KERNELS_SOFT_CAP_CUH_
 
@@ -6,16 +6,15 @@ namespace pristine::attention {
 
 constexpr float kTanhRate = 2.88539008177792681472f;  // 2 * log2(e)
 
-// tanh(x) of kTanhRate * x, exact to about 1e-7 beside 1 (tanh.approx: 5e-4), and where it is small beside itself: a
-// cap far above all logits must leave them as they are. NaN stays.
-__device__ __forceinline__ float TanhOfRated(float rated) {
+// cap * tanh(rate * x / kTanhRate), exact to about 1e-7 of the cap (tanh.approx: 5e-4), and where it is small to 1e-5
+// of itself: a cap far above all logits leaves them as they are. NaN stays.
+__device__ __forceinline__ float SoftCap(float x, float cap, float rate) {
+  const float exponent = rate * x;
   float power;
-  asm("{\n.reg .f32 most;\nmin.NaN.f32 most, %1, 0f42A00000;\nex2.approx.ftz.f32 %0, most;\n}\n"  // with 80
-      : "=f"(power)
-      : "f"(rated));
-  const float x = rated * (1.0f / kTanhRate);
-  const float near_zero = fmaf(x * x, x * (-1.0f / 3.0f), x);
-  return fabsf(rated) < 0.05f * kTanhRate ? near_zero : 1.0f - __fdividef(2.0f, 1.0f + power);
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(exponent));
+  const float bent = cap - __fdividef(2.0f * cap, 1.0f + power);
+  const float y = exponent * (1.0f / kTanhRate);
+  return fabsf(exponent) < 0.05f * kTanhRate ? cap * fmaf(y * y, y * (-1.0f / 3.0f), y) : bent;
 }
 
 }  // namespace pristine::attention
