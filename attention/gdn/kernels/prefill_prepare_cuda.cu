@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) GdnPrefillPrepareKernel(con
   __syncthreads();
   for (int32_t i = tid; i < p.sequences; i += kThreads) {
     const PrefillSpan span = SpanOf(p, i);
-    if (place >= span.first_chunk && place < span.first_chunk + span.chunks) shared.sequence = i;
+    // One, but where cu_seqlens decrease.
+    if (place >= span.first_chunk && place < span.first_chunk + span.chunks) atomicMax(&shared.sequence, i);
   }
   __syncthreads();
   if (shared.sequence < 0) return;
