@@ -18,9 +18,13 @@ __device__ inline unsigned SharedAddress(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes, or zeros without reading `from`.
+// 16 bytes, or zeros without reading `from`. L2 drops them first: who streams leaves there what others will need.
 __device__ inline void CopyAsync(unsigned to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
 }
 // The line at `at` is asked for, into the L2 cache. Nothing waits for it.
 __device__ inline void PrefetchL2(const void* at) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(at)); }

@@ -26,6 +26,7 @@ constexpr int kMostShortParts = 32;  // of fewer tiles than
 constexpr int kManyTiles = 4;
 constexpr int kFlatRows = 256;      // of partial results that one block merges at once
 constexpr int kMostLike = 1 << 18;  // tiles of a unit, and units, that are looked at as alike
+constexpr int kMostWhole = 200;     // tiles of a block that are several whole units
 constexpr int kFewTiles = 8;        // of a block: up to so many, passes of one m-tile
 
 template <class Kv, int kHeadDim, int kMTiles>
@@ -133,15 +134,15 @@ struct Line {
   int first_block, last_block;  // that work on this block's units; or first_block is -1, and it is as OwnerOf says
   unsigned part, longer;        // of all blocks the first `longer` take part + 1 tiles, the others `part`
 
-  // Where rows are alike, blocks end where units do, even if a few have nothing to do: then units are whole, or in as
-  // many parts each. `like`: how many rows are as the first is.
+  // Where rows are alike, and blocks have not many tiles of several units, they end where units do, even if a few have
+  // nothing to do: then units are whole, or in as many parts each. `like`: how many rows are as the first is.
   __device__ void Divide(const DecodeLaunch& launch, int like, int block, int grid) {
     const int tiles = prefix[launch.p.rows];
     const int total = tiles * launch.units;
     begin = end = 0;
     if (total == 0) return;
-    // Of many packed rows a part is dear to merge.
-    const int blocks = min(grid, max(1, launch.rows > 8 ? total / 2 : total));
+    const bool is_dear = launch.rows > 8;  // to merge parts of so many packed rows
+    const int blocks = min(grid, max(1, is_dear ? total / 2 : total));
     if (prefix[1] * like == tiles && max(prefix[1], like * launch.units) < kMostLike) {  // no others
       const int all = like * launch.units;
       const int each = prefix[1];
@@ -160,7 +161,9 @@ struct Line {
         return;
       }
       const int units = CeilQuotient(all, blocks);  // of a block
-      if (CeilQuotient(all, units) > blocks - blocks / 8) {
+      const bool fits = CeilQuotient(all, units) > blocks - blocks / 8;
+      // Where a block has many tiles, equal shares are worth a cut unit.
+      if (fits && (units == 1 || units * each <= kMostWhole || is_dear)) {
         first_block = last_block = block;
         begin = min(block * units, all) * each;
         end = min((block + 1) * units, all) * each;
