@@ -168,12 +168,7 @@ TYPED_TEST(PagedPrefillTest, TheWidestWindowIsNone) {
     PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = 4, .seed = 730};
     shape.window = std::numeric_limits<int32_t>::max();
     const PrefillCase step(shape, {9, 5, 150}, {3, 70, 100});  // more queries than tokens, too
-    for (const PrefillVariant* const variant : this->Runnable(shape)) {
-      ASSERT_OK(this->Prepare(step, {3, step.tokens()}, variant));
-      ASSERT_OK(this->rig_->Begin({3, step.tokens()}, step));
-      ASSERT_OK(this->rig_->RunEagerly({3, step.tokens()}, step));
-      EXPECT_EQ(this->rig_->Check({3, step.tokens()}, step), "") << variant->kernel.name;
-    }
+    ASSERT_NO_FATAL_FAILURE(this->ExpectAttention(step));
   }
 }
 
@@ -236,12 +231,7 @@ TYPED_TEST(PagedPrefillTest, AScaleOfZeroIsAnAverage) {
   for (const float soft_cap : {0.0f, 3.0f}) {
     shape.soft_cap = soft_cap;
     const PrefillCase step(shape, {9, 2}, {30, 100});
-    for (const PrefillVariant* const variant : this->Runnable(shape)) {
-      ASSERT_OK(this->Prepare(step, {2, 11}, variant));
-      ASSERT_OK(this->rig_->Begin({2, 11}, step));
-      ASSERT_OK(this->rig_->RunEagerly({2, 11}, step));
-      EXPECT_EQ(this->rig_->Check({2, 11}, step), "") << variant->kernel.name;
-    }
+    ASSERT_NO_FATAL_FAILURE(this->ExpectAttention(step));
   }
 }
 
@@ -249,12 +239,7 @@ TYPED_TEST(PagedPrefillTest, ACapFarAboveAllLogitsLeavesThemAsTheyAre) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     const PrefillShape shape = {.dtype = dtype, .kv_dtype = dtype, .page_size = 4, .soft_cap = 1e8f, .seed = 817};
     const PrefillCase step(shape, {9, 2}, {30, 100});
-    for (const PrefillVariant* const variant : this->Runnable(shape)) {
-      ASSERT_OK(this->Prepare(step, {2, 11}, variant));
-      ASSERT_OK(this->rig_->Begin({2, 11}, step));
-      ASSERT_OK(this->rig_->RunEagerly({2, 11}, step));
-      EXPECT_EQ(this->rig_->Check({2, 11}, step), "") << variant->kernel.name;
-    }
+    ASSERT_NO_FATAL_FAILURE(this->ExpectAttention(step));
   }
 }
 
